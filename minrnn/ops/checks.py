@@ -11,9 +11,7 @@ _CANDIDATES = ("g", "identity", "tanh")
 
 def check_gates(gates: dict[str, Tensor], candidate: str = "g") -> None:
     """All (B, T, D), of one supported dtype, on one device."""
-    if candidate not in _CANDIDATES:
-        known = ", ".join(repr(name) for name in _CANDIDATES)
-        raise ValueError(f"`candidate` must be one of {known}, got {candidate!r}")
+    check_candidate(candidate)
     first_name, first = next(iter(gates.items()))
     for name, x in gates.items():
         check_tensor(name, x)
@@ -52,6 +50,13 @@ def check_layout(
             raise TypeError(f"`reset` must have dtype torch.bool, got {reset.dtype}")
         check_shape("reset", reset, "(B, T)", (B, T))
         _check_device("reset", reset, x)
+
+
+def check_candidate(candidate: str) -> None:
+    """`candidate` names one of the candidate activations."""
+    if candidate not in _CANDIDATES:
+        known = ", ".join(repr(name) for name in _CANDIDATES)
+        raise ValueError(f"`candidate` must be one of {known}, got {candidate!r}")
 
 
 def check_tensor(name: str, x: object) -> None:

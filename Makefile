@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine, each its own set-up included:
+#   make demo    train a small model on Shakespeare and stream from it
+#   make test    the whole test suite
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow lint format figures clean
+
+demo: $(VENV)/ready
+	@test -f runs/plays.txt || { mkdir -p runs && $(BIN)/minrnn data shakespeare runs/plays.txt; }
+	@if test -f $(RUN)/config.json; then $(BIN)/minrnn train --resume $(RUN); \
+	else $(BIN)/minrnn train text --recipe demo --data runs/plays.txt --out $(RUN); fi
+	@$(BIN)/minrnn eval $(RUN)
+	@echo "loss curve: $(RUN)/loss.png; a sample:"
+	@$(BIN)/minrnn generate $(RUN) --prompt "HAMLET:" --length 600 --temperature 0.7 --seed 1
+
+test: $(VENV)/ready
+	$(PYTEST) -n 2 -m "not slow"
+
+test-slow: $(VENV)/ready
+	$(PYTEST) -m slow --timeout 3600
+
+lint: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(VENV)/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+figures: $(VENV)/ready
+	$(BIN)/python docs/figures.py
+
+# torch goes first and by its exact version, so that nothing after it pulls in another build
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	    --editable '.[train,demo,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

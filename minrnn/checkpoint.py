@@ -1,0 +1,203 @@
+"""Runs on disk: a folder with config.json and weights in safetensors, nothing else that is read.
+
+    config.json                       what was asked for, the model's shape, the tokenizer
+    model.safetensors                 the weights with the best validation loss
+    training_state/last.safetensors   weights, optimizer moments and counters of the last save
+    corpus/                           the text as ids
+    metrics.jsonl                     one line a measurement
+    tensorboard/, loss.png
+
+Every file is written under a temporary name, synced and renamed; tensors carry a checksum. No
+pickle is written or read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from minrnn.data import tokenizers
+from minrnn.data.tokenizers import Tokenizer
+from minrnn.files import write_atomically
+from minrnn.models import LanguageModel, ModelConfig
+
+_FORMAT = "minrnn.run/1"
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+
+class SaveError(OSError):
+    """A file of a run could not be written; what stood there before still does."""
+
+
+class Checkpoint(NamedTuple):
+    """A model with what turns text into its symbols, if it was saved with one."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer | None
+
+
+def save(
+    folder: str | os.PathLike[str], model: LanguageModel, tokenizer: Tokenizer | None = None
+) -> None:
+    """Write a model as a run folder that `load` opens.
+
+    Args:
+        folder: made if missing; a model that is there already is replaced.
+        model: its configuration and weights are written.
+        tokenizer: written too, so that text can be generated.
+
+    Raises:
+        SaveError: the folder cannot be written to, or the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> save(folder, LanguageModel(ModelConfig(vocab_size=5, width=8)))
+        >>> load(folder).model.config.width
+        8
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot write the folder {folder}: {error.strerror}") from error
+    config = {"model": dataclasses.asdict(model.config)}
+    write_config(folder, config | ({"tokenizer": tokenizer.to_json()} if tokenizer else {}))
+    save_weights(folder, model)
+
+
+def load(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Open a run folder: the model in evaluation mode, on the CPU, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: the folder is none, or has no weights yet.
+        ValueError: a file in it is truncated or altered.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if "model" not in config or not (folder / _WEIGHTS).is_file():
+        raise FileNotFoundError(f"the run {folder} has no weights yet ({_WEIGHTS} is missing)")
+    model = build_model(folder, config)
+    tensors, _ = read_tensors(folder / _WEIGHTS)
+    load_weights(model, tensors, folder / _WEIGHTS)
+    tokenizer = tokenizers.from_json(config["tokenizer"]) if "tokenizer" in config else None
+    return Checkpoint(model.eval(), tokenizer)
+
+
+def save_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Write `model.safetensors`."""
+    write_tensors(folder / _WEIGHTS, model.state_dict(), {})
+
+
+def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put `tensors`, read from `path`, into `model`.
+
+    Raises:
+        ValueError: names or shapes are not the model's.
+    """
+    expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    found = {name: tuple(x.shape) for name, x in tensors.items()}
+    if expected != found:
+        name = next(n for n in expected | found if expected.get(n) != found.get(n))
+        raise ValueError(
+            f"{path} does not fit its configuration: {name} must have shape "
+            f"{expected.get(name, 'none')}, got {found.get(name, 'none')}"
+        )
+    model.load_state_dict(dict(tensors))
+
+
+def build_model(folder: Path, config: Mapping[str, Any]) -> LanguageModel:
+    """The model that the configuration of the run `folder` describes, its weights as initialised.
+
+    Raises:
+        ValueError: the configuration is altered.
+    """
+    try:
+        return LanguageModel(ModelConfig(**config["model"]))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / _CONFIG} is damaged: {error}") from error
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.json`."""
+    content = json.dumps({"format": _FORMAT} | dict(config), ensure_ascii=False, indent=1)
+    _write(folder / _CONFIG, (content + "\n").encode("utf-8"))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json`.
+
+    Raises:
+        FileNotFoundError: `folder` is no run folder.
+        ValueError: the file is damaged.
+    """
+    path = folder / _CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no {_CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise ValueError(f"{folder} is not a run folder: {path} has no format {_FORMAT!r}")
+    return config
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    """Write tensors and a few JSON values, with a checksum over both.
+
+    Raises:
+        SaveError: the folder cannot be written to, or the disk is full; the old file stays.
+    """
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    metadata = {"format": _FORMAT, "notes": json.dumps(notes, sort_keys=True)}
+    metadata["sha256"] = _digest(plain, metadata["notes"])
+    _write(path, serialize(plain, metadata=metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, altered, or another kind of file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path} must have format {_FORMAT!r}, got {metadata.get('format')!r}")
+    if _digest(tensors, metadata.get("notes", "")) != metadata.get("sha256"):
+        raise ValueError(f"{path} is damaged: its content does not fit its checksum")
+    return tensors, json.loads(metadata["notes"])
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        kept = "the file that was there is whole" if path.exists() else "nothing was written"
+        raise SaveError(f"cannot save {path}: {error.strerror or error}; {kept}") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], notes: str) -> str:
+    digest = hashlib.sha256(notes.encode("utf-8"))
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,127 @@
+"""Characters or bytes to ids and back."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["characters", "bytes"]
+
+
+class Characters:
+    """Each distinct character of a text is a symbol.
+
+    Args:
+        vocabulary: the characters, each once; the id of one is its place.
+
+    Raises:
+        ValueError: `vocabulary` is empty or holds a character twice.
+
+    Example:
+        >>> characters = Characters("abc")
+        >>> characters.encode("cab").tolist(), characters.decode([2, 0, 1])
+        ([2, 0, 1], 'cab')
+    """
+
+    kind: Kind = "characters"
+
+    def __init__(self, vocabulary: str) -> None:
+        if not vocabulary or len(set(vocabulary)) < len(vocabulary):
+            raise ValueError(f"`vocabulary` must hold each character once, got {vocabulary!r}")
+        self.vocabulary = vocabulary
+        # code point -> id; -1 marks a character that is not in the vocabulary
+        points = _code_points(vocabulary)
+        self._ids = np.full(points.max() + 1, -1, dtype=np.int64)
+        self._ids[points] = np.arange(len(points))
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of symbols, V."""
+        return len(self.vocabulary)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, (T,) int64.
+
+        Raises:
+            ValueError: a character is not in the vocabulary; the message names it and its place.
+        """
+        points = _code_points(text)
+        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
+        unknown = (ids < 0) | (points >= len(self._ids))
+        if unknown.any():
+            place = int(unknown.argmax())
+            raise ValueError(
+                f"character {text[place]!r} (U+{ord(text[place]):04X}) at place {place} is not "
+                f"among the {self.vocab_size} characters that this model knows"
+            )
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`."""
+        return "".join(self.vocabulary[i] for i in ids)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of each id as it comes."""
+        for i in ids:
+            yield self.vocabulary[i]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` needs."""
+        return {"kind": self.kind, "vocabulary": self.vocabulary}
+
+
+class Bytes:
+    """Each byte of the UTF-8 text is a symbol; anything can be read, valid UTF-8 or not.
+
+    Example:
+        >>> Bytes().encode("né").tolist()
+        [110, 195, 169]
+        >>> "".join(Bytes().stream([110, 195, 169]))
+        'né'
+    """
+
+    kind: Kind = "bytes"
+    vocab_size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """The bytes of `text`, (T,) int64."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of each id as it comes: "" until a character is complete."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            yield decoder.decode(bytes([i]))
+        yield decoder.decode(b"", final=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` needs."""
+        return {"kind": self.kind}
+
+
+Tokenizer = Characters | Bytes
+
+
+def from_json(saved: dict[str, Any]) -> Tokenizer:
+    """The tokenizer whose `to_json` gave `saved`.
+
+    Raises:
+        ValueError: `saved` describes no known tokenizer.
+    """
+    if saved.get("kind") == "bytes":
+        return Bytes()
+    if saved.get("kind") == "characters" and isinstance(saved.get("vocabulary"), str):
+        return Characters(saved["vocabulary"])
+    raise ValueError(f"`tokenizer` must be of kind 'characters' or 'bytes', got {saved!r:.200}")
+
+
+def _code_points(text: str) -> np.ndarray:
+    # a surrogate, e.g. from an undecodable command-line byte, stays one code point
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(
+        np.int64
+    )

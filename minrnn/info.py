@@ -1,0 +1,89 @@
+"""What is installed, and which kernel serves which operator on which device."""
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import minrnn
+from minrnn import checkpoint
+
+_OPERATORS = ("scan", "mingru", "minlstm")
+_DEVICES = ("CPU", "CUDA", "MPS")
+
+
+def kernels() -> dict[str, dict[str, str]]:
+    """For each device, the kernel behind each operator's forward and backward.
+
+    Example:
+        >>> kernels()["CPU"]["scan"] in ("pure torch", "compiled")
+        True
+    """
+    names = [f"{name}{suffix}" for name in _OPERATORS for suffix in ("", "_backward")]
+    return {device: {name: _kernel(name, device) for name in names} for device in _DEVICES}
+
+
+def describe() -> Iterator[str]:
+    """Lines about the installation."""
+    yield f"minrnn {minrnn.__version__}"
+    yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {_devices()}"
+    for name in ("numpy", "safetensors", "accelerate", "tensorboard", "tyro", "rich", "matplotlib"):
+        yield f"{name} {_version(name)}"
+    yield ""
+    yield "kernels: a compiled one where there is one, pure torch everywhere else"
+    for device, served in kernels().items():
+        found = sorted(set(served.values()))
+        if len(found) == 1:
+            yield f"{device:5} {found[0]} for {', '.join(served)}"
+        else:
+            yield f"{device:5} " + ", ".join(f"{name}: {kernel}" for name, kernel in served.items())
+
+
+def describe_run(folder: Path) -> Iterator[str]:
+    """Lines about the run in `folder`.
+
+    Raises:
+        FileNotFoundError: it is no run folder.
+        ValueError: a file in it is damaged.
+    """
+    config = checkpoint.read_config(folder)
+    yield f"run {folder}"
+    text = config.get("text", {})
+    if text:
+        yield f"text {text['data'] or 'tiny Shakespeare'} as {text['tokenizer']}"
+    if "split" in config:
+        train, valid = config["split"]["train"], config["split"]["valid"]
+        yield f"symbols {train[1] - train[0]:,} to train on, {valid[1] - valid[0]:,} to validate on"
+    if "model" in config:
+        model = checkpoint.build_model(folder, config)
+        count = sum(p.numel() for p in model.parameters())
+        yield f"model {model.config}"
+        yield f"parameters {count:,}, state {model.init_state(1).num_bytes:,} bytes per stream"
+    last = folder / "training_state" / "last.safetensors"
+    if last.is_file():
+        notes = checkpoint.read_tensors(last)[1]
+        steps = text["train"]["steps"] if text else "?"
+        yield f"saved at step {notes['step']:,} of {steps:,}"
+        if notes["best_loss"] is not None:
+            best = f"{notes['best_loss']:.4f} at step {notes['best_step']:,}"
+            yield f"best validation loss {best}"
+
+
+def _kernel(name: str, device: str) -> str:
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"minrnn::{name}", device)
+    return "compiled" if compiled else "pure torch"
+
+
+def _devices() -> str:
+    found = torch.accelerator.current_accelerator()
+    return "cpu" if found is None else f"cpu, {found}"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

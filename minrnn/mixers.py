@@ -1,0 +1,46 @@
+"""What mixes information over time inside a block, behind the one contract.
+
+forward(x, state) -> (y, state)     x and y (B, T, width), T >= 1; state a State or None
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minrnn.layers import MinGRU, MinLSTM
+from minrnn.state import State
+
+
+class MinimalRNN(nn.Module):
+    """A `MinGRU` or `MinLSTM`, widened by `expansion` and projected back down.
+
+    Feng et al. 2024, arXiv:2410.01201, appendix C: the state has width * expansion channels.
+
+    Args:
+        layer: the class, `MinGRU` or `MinLSTM`.
+        width: features of x and y.
+        expansion: channels of the state for each of them, a whole number >= 1.
+        options: passed to the layer, e.g. `candidate`.
+    """
+
+    def __init__(
+        self, layer: type[MinGRU] | type[MinLSTM], width: int, expansion: int, **options: Any
+    ) -> None:
+        super().__init__()
+        sizes = (width, width * expansion)
+        self.rnn = layer(*sizes, batch_first=True, proj_size=width, **options)
+
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first step: zeros, (batch_size, width * expansion)."""
+        weight = self.rnn.weight_ih_l0
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        shape = (batch_size, self.rnn.hidden_size)
+        return State({"h": torch.zeros(shape, dtype=dtype, device=weight.device)})
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Mix x (B, T, width); the state is {"h": (B, width * expansion)}."""
+        y, h_n = self.rnn(x, None if state is None else state.tensor("h")[None])
+        # MinLSTM returns the pair (h_n, c_n) of nn.LSTM, both the same
+        h_n = h_n[0] if isinstance(h_n, tuple) else h_n
+        return y, State({"h": h_n[0]})

@@ -1,0 +1,151 @@
+"""Whole models, and the configuration that is saved beside their weights."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from minrnn.blocks import Block
+from minrnn.layers import MinGRU, MinLSTM
+from minrnn.mixers import MinimalRNN
+from minrnn.state import State
+
+Mixer = Literal["mingru", "minlstm"]
+Candidate = Literal["g", "identity", "tanh"]
+_CHOICES = {"mixer": get_args(Mixer), "candidate": get_args(Candidate)}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model: all that is needed beside its weights.
+
+    The defaults are the paper's language model (Feng et al. 2024, section 4 and appendix C).
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    vocab_size: int = 0
+    """Symbols; 0 stands for those of the text."""
+    width: int = 384
+    """Features of the residual stream."""
+    num_layers: int = 3
+    """Blocks."""
+    mixer: Mixer = "mingru"
+    """What mixes over time."""
+    expansion: int = 2
+    """Channels of the recurrent state over `width`."""
+    conv_width: int = 4
+    """Steps that the causal convolution sees; 0 leaves it out."""
+    mlp_ratio: int = 4
+    """Inner width of the feed-forward part over `width`; 0 leaves it out."""
+    dropout: float = 0.2
+    """Probability, on what the mixer and the feed-forward part add."""
+    candidate: Candidate = "g"
+    """Activation of the candidate; "g" is the paper's log-space cell."""
+    normalized: bool = True
+    """minLSTM only: divide its gates by their sum."""
+    forget_bias: float = 0.0
+    """minLSTM only: added to the forget gate's bias at the start."""
+
+    def __post_init__(self) -> None:
+        lowest = {"vocab_size": 0, "width": 1, "num_layers": 1, "expansion": 1}
+        for name, least in (lowest | {"conv_width": 0, "mlp_ratio": 0}).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                shown = ", ".join(map(repr, known))
+                raise ValueError(f"`{name}` must be one of {shown}, got {getattr(self, name)!r}")
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next symbol after each symbol of a text, in constant memory per stream.
+
+        x = embedding(ids);  x = block_l(x) for each layer;  logits = head(norm(x))
+
+    Args:
+        config: the shape of the model, `vocab_size` >= 1.
+
+    Raises:
+        ValueError: `config.vocab_size` is 0; on a call, `ids` has the wrong shape.
+        TypeError: on a call, `ids` holds no integers.
+
+    Example:
+        >>> import torch
+        >>> model = LanguageModel(ModelConfig(vocab_size=65, width=32)).eval()
+        >>> ids = torch.randint(65, (2, 10))
+        >>> logits, state = model(ids)
+        >>> logits.shape, state.batch_size
+        (torch.Size([2, 10, 65]), 2)
+        >>> _, half = model(ids[:, :4])                 # the same in two pieces
+        >>> torch.allclose(model(ids[:, 4:], half)[0], logits[:, 4:], atol=1e-5)
+        True
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError(f"`config.vocab_size` must be >= 1, got {config.vocab_size}")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size)
+        # at the start every symbol is about equally likely
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first symbol; `forward` takes None for the same."""
+        parts: dict[str, Tensor | State] = {}
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            parts[str(number)] = block.init_state(batch_size)
+        return State(parts)
+
+    def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Read `ids` behind what `state` has read.
+
+        Args:
+            ids: (B, T) integers below `vocab_size`, T >= 1.
+            state: what an earlier call returned; None at the start of a text.
+
+        Returns:
+            logits: (B, T, V), before the softmax, of the symbol after each.
+            state: a State of fixed size, one entry for each layer.
+        """
+        if ids.dim() != 2 or ids.shape[1] < 1:
+            raise ValueError(f"`ids` must have shape (B, T) with T >= 1, got {tuple(ids.shape)}")
+        if ids.is_floating_point():
+            raise TypeError(f"`ids` must hold integers, got {ids.dtype}")
+        # (B, T) to (B, T, width)
+        x = self.embedding(ids)
+        states: dict[str, Tensor | State] = {}
+        for number, block in enumerate(self.blocks):
+            name = str(number)
+            x, states[name] = block(x, None if state is None else state.inner(name))
+        return self.head(self.norm(x)), State(states)
+
+
+def _block(config: ModelConfig) -> Block:
+    if config.mixer == "mingru":
+        mixer = MinimalRNN(MinGRU, config.width, config.expansion, candidate=config.candidate)
+    else:
+        mixer = MinimalRNN(
+            MinLSTM,
+            config.width,
+            config.expansion,
+            candidate=config.candidate,
+            normalized=config.normalized,
+            forget_bias=config.forget_bias,
+        )
+    return Block(
+        mixer,
+        config.width,
+        conv_width=config.conv_width,
+        mlp_ratio=config.mlp_ratio,
+        dropout=config.dropout,
+    )

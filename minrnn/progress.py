@@ -1,0 +1,95 @@
+"""What a person sees while a run goes: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+from minrnn.train import Event
+
+# seconds between two plain lines
+_LINE_EVERY = 10.0
+
+
+class Progress:
+    """Shows the loss, the validation loss, tokens/s and the time left.
+
+    Args:
+        steps: of the whole training.
+        tokens_per_step: symbols in one batch.
+    """
+
+    def __init__(self, steps: int, tokens_per_step: int) -> None:
+        self.steps, self.tokens_per_step = steps, tokens_per_step
+        self.live = sys.stdout.isatty()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Bar(*columns, console=Console(), disable=not self.live)
+        self._reading: TaskID | None = None
+        self._training: TaskID | None = None
+        self._started = self._last_line = time.monotonic()
+        self._first_step: int | None = None
+        self._loss, self._valid_loss = 0.0, float("nan")
+
+    def __enter__(self) -> "Progress":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.__exit__(kind, error, trace)
+
+    def reading(self, done: int, total: int) -> None:
+        """Bytes of the text that have been turned into ids."""
+        if self._reading is None:
+            self._reading = self._bar.add_task("text", figures="bytes")
+        self._bar.update(self._reading, completed=done, total=total)
+
+    def report(self, event: Event) -> None:
+        """One step or evaluation is done."""
+        now = time.monotonic()
+        if self._first_step is None:
+            # the first step seen starts the clock: its own time is not known
+            self._first_step, self._started = event.step, now
+            self._loss = event.loss
+            self._training = self._bar.add_task("training", total=self.steps, figures="")
+        # about the mean of the last 20 steps
+        self._loss += 0.05 * (event.loss - self._loss)
+        if event.valid_loss is not None:
+            self._valid_loss = event.valid_loss
+        rate = (event.step - self._first_step) / max(now - self._started, 1e-9)
+        speed = rate * self.tokens_per_step
+        if self._training is not None:
+            figures = f"loss {self._loss:.3f}  {speed:,.0f} tokens/s"
+            if self._valid_loss == self._valid_loss:
+                figures += f"  validation {self._valid_loss:.3f}"
+            self._bar.update(self._training, completed=event.step, figures=figures)
+        due = now - self._last_line >= _LINE_EVERY
+        if not self.live and (due or event.valid_loss is not None):
+            self._last_line = now
+            left = (self.steps - event.step) / rate if rate else float("nan")
+            line = f"step={event.step}/{self.steps} loss={self._loss:.4f}"
+            if event.valid_loss is not None:
+                line += f" valid_loss={event.valid_loss:.4f}"
+            print(f"{line} tokens_per_s={speed:.0f} seconds_left={left:.0f}", flush=True)
