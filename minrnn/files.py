@@ -33,7 +33,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         # mkstemp makes files private; a user expects the usual rights
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            # the system does not say which file, e.g. when the disk is full
+            error.filename = str(path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise

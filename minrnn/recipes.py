@@ -1,6 +1,7 @@
 """Named settings, and how a run over text is started and taken up again from them."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from minrnn.data import text as text_data
 from minrnn.data.batch import Batch
 from minrnn.data.text import Corpus
 from minrnn.data.tokenizers import Kind
+from minrnn.files import write_atomically
 from minrnn.models import ModelConfig
 from minrnn.progress import Progress
 from minrnn.train import Result, TrainConfig, train
@@ -98,26 +100,36 @@ class TextTask:
 
 
 def start(config: TextConfig) -> Path:
-    """Make the run folder and note in it what was asked for; `go_on` does the rest.
+    """Make a run folder: what was asked for, and the text as ids. `go_on` trains.
+
+    If the text does not fit, no folder is left behind; if the process is killed, `go_on` reads the
+    text again.
 
     Raises:
-        ValueError: the folder holds something already.
+        ValueError: the folder holds something already, or the text does not fit the settings.
         FileNotFoundError: there is no such text.
         SaveError: the folder cannot be made.
     """
-    if config.data is not None and not config.data.exists():
-        raise FileNotFoundError(f"`data` must name a file or folder, {config.data} does not exist")
     folder = config.out or _free_folder(Path("runs"), config.recipe)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"{folder} is not empty; go on with a run in it by --resume {folder}, "
             "or choose another --out"
         )
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise checkpoint.SaveError(f"cannot make the folder {folder}: {error.strerror}") from error
-    checkpoint.write_config(folder, {"text": _to_json(config)})
+    try:
+        checkpoint.write_config(folder, {"text": _to_json(config)})
+        with _progress(config) as progress:
+            _task(config, folder, progress)
+    except (ValueError, OSError):
+        shutil.rmtree(folder)
+        if not made:
+            folder.mkdir()
+        raise
     return folder
 
 
@@ -132,9 +144,9 @@ def go_on(folder: Path) -> Result:
     if "text" not in saved:
         raise ValueError(f"{folder} holds a model only, no training to go on with")
     config = _from_json(saved["text"])
-    with Progress(config.train.steps, config.train.batch_size * config.context) as progress:
-        corpus = _corpus(config, folder, progress)
-        task = TextTask(corpus, config.context, config.valid_limit)
+    with _progress(config) as progress:
+        task = _task(config, folder, progress)
+        corpus = task.corpus
         model_config = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
         saved |= {
             "model": dataclasses.asdict(model_config),
@@ -163,15 +175,23 @@ def read(folder: Path) -> TextConfig:
     return _from_json(saved["text"])
 
 
-def _corpus(config: TextConfig, folder: Path, progress: Progress) -> Corpus:
+def _progress(config: TextConfig) -> Progress:
+    return Progress(config.train.steps, config.train.batch_size * config.context)
+
+
+def _task(config: TextConfig, folder: Path, progress: Progress) -> TextTask:
     ids = folder / "corpus"
     if (ids / "corpus.json").is_file():
-        return text_data.load(ids)
-    source = config.data
-    if source is None:
-        source = folder / "tinyshakespeare.txt"
-        source.write_bytes(shakespeare.tiny_shakespeare())
-    return text_data.build(source, ids, config.tokenizer, config.valid_fraction, progress.reading)
+        corpus = text_data.load(ids)
+    else:
+        source = config.data
+        if source is None:
+            source = folder / "tinyshakespeare.txt"
+            write_atomically(source, shakespeare.tiny_shakespeare())
+        corpus = text_data.build(
+            source, ids, config.tokenizer, config.valid_fraction, progress.reading
+        )
+    return TextTask(corpus, config.context, config.valid_limit)
 
 
 def _free_folder(parent: Path, name: str) -> Path:

@@ -5,16 +5,18 @@ is one file that is renamed into place. A run that was killed therefore goes on 
 to the same weights and metrics, bit for bit on the CPU with the same number of threads.
 """
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from minrnn import checkpoint
@@ -166,9 +168,8 @@ def train(
         SaveError: a save failed; the one before is whole.
         ValueError: the saved state is damaged or not this model's.
     """
-    loop = _Loop(model, task, config, folder)
-    loop.restore()
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, contextlib.closing(_Loop(model, task, config, folder)) as loop:
+        loop.restore()
         while loop.step < config.steps:
             event = loop.update()
             report(event)
@@ -179,7 +180,6 @@ def train(
                 loop.save()
             if interrupts.requested:
                 break
-    loop.close()
     return Result(loop.step, loop.best_loss, loop.best_step, loop.step < config.steps)
 
 
@@ -200,6 +200,7 @@ class _Loop:
         self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
         self.model.train()
         self.metrics_path = folder / "metrics.jsonl"
+        self.metrics: BinaryIO | None = None
 
     @property
     def _last(self) -> Path:
@@ -268,6 +269,7 @@ class _Loop:
 
     def save(self) -> None:
         """Everything that `restore` needs, in one file."""
+        assert self.metrics is not None
         try:
             self.metrics.flush()
             os.fsync(self.metrics.fileno())
@@ -285,8 +287,11 @@ class _Loop:
 
     def close(self) -> None:
         """Close the logs."""
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
         self.accelerator.end_training()
+        # Accelerate keeps its settings for the process; the next training may want others
+        AcceleratorState._reset_state(reset_partial_state=True)
 
     def _clip(self) -> Tensor:
         """Clip the gradient; the norm it had."""
@@ -316,6 +321,7 @@ class _Loop:
 
     def _log(self, values: dict[str, Any]) -> None:
         line = json.dumps({"step": self.step} | values)
+        assert self.metrics is not None
         self.metrics.write(line.encode() + b"\n")
         self.accelerator.log(values, step=self.step)
 

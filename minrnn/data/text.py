@@ -14,7 +14,7 @@ import torch
 from minrnn.data import tokenizers
 from minrnn.data.batch import Batch
 from minrnn.data.tokenizers import Bytes, Characters, Kind, Tokenizer
-from minrnn.files import replacing, write_atomically
+from minrnn.files import remove_leftovers, replacing, write_atomically
 
 Split = Literal["train", "valid"]
 
@@ -125,6 +125,7 @@ def build(
     if total == 0:
         raise ValueError(f"`data` must hold text, {source} is empty")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     if tokenizer == "bytes":
         tokenizer = Bytes()
     elif tokenizer == "characters":

@@ -1,14 +1,15 @@
 """Four ways to compute one scan, h_t = a_t * h_{t-1} + b_t, in pure torch on any device.
 
-    algorithm       work        depth       source
-    sequential      T           T           the definition
-    hillis_steele   T log T     log T       Hillis and Steele 1986
-    blelloch        2 T         2 log T     Blelloch 1990: up-sweep, down-sweep
-    log_space       T           2 scans     Heinsen 2023, arXiv:2311.06281
+    algorithm       work          depth         source
+    sequential      T             T             the definition
+    hillis_steele   2 T log2 T    log2 T        Hillis and Steele 1986
+    blelloch        4 T           2 log2 T      Blelloch 1990: up-sweep, down-sweep
+    log_space       11 T          4 log2 T      Heinsen 2023, arXiv:2311.06281
 
-Work counts multiply-adds per channel, depth the longest chain of them; `docs/equations.md` shows
-both counted. All four are differentiable through plain autograd and take any T >= 0; what a device
-without a kernel runs is `blelloch`.
+Work is the number of arithmetic operations per channel, depth the longest chain of them, both
+counted in `docs/equations.md` (to leading order; each of log_space's two cumulative sums is charged
+as one Blelloch scan). All four are differentiable through plain autograd and take any T >= 0; what
+a device without a kernel runs is `blelloch`.
 
 Two neighbouring steps compose into one, first i, then j:
 

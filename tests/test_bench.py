@@ -1,0 +1,146 @@
+"""The claims of docs/equations.md about precision, work and depth, measured."""
+
+import doctest
+from math import ceil, isinf, log2
+from pathlib import Path
+
+import pytest
+import torch
+
+from minrnn import bench
+from minrnn.ops import reference, scans
+
+POWERS = [2**n for n in range(1, 11)]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return bench.precision(quick=True)
+
+
+def _select(rows, algorithm, dtype):
+    return [row for row in rows if row.algorithm == algorithm and row.dtype == dtype]
+
+
+def test_every_error_is_within_its_tolerance(rows):
+    assert [row for row in rows if not row.error <= row.tolerance] == []
+
+
+def test_every_algorithm_is_measured_everywhere(rows):
+    wanted = {
+        (name, dtype, mean, T)
+        for name in (*bench.SCANS, "mingru", "minlstm")
+        for dtype in (torch.float32, torch.bfloat16)
+        for mean in (0.0, 3.0, -7.0)
+        for T in (256, 4096)
+        if dtype == torch.float32 or name in ("log_space", "mingru", "minlstm")
+    }
+    assert {(row.algorithm, row.dtype, row.gate_mean, row.T) for row in rows} == wanted
+    assert len(rows) == len(wanted)
+
+
+def test_only_log_space_in_bfloat16_has_no_tolerance(rows):
+    assert [row for row in rows if isinf(row.tolerance)] == _select(
+        rows, "log_space", torch.bfloat16
+    )
+
+
+def test_log_space_loses_what_real_space_keeps(rows):
+    for name in ("sequential", "hillis_steele", "blelloch"):
+        for row, log in zip(
+            _select(rows, name, torch.float32),
+            _select(rows, "log_space", torch.float32),
+            strict=True,
+        ):
+            if row.gate_mean >= 0:
+                # in proportion to T: at least 50 times at 256 steps, 800 times at 4,096
+                assert log.error > 0.2 * row.T * row.error
+            else:
+                # the decay is near 1, so the sum of its logarithms is still small
+                assert log.error < 2 * row.error
+
+
+def test_log_space_in_bfloat16_is_unusable(rows):
+    for row in _select(rows, "log_space", torch.bfloat16):
+        # worse than an answer of zero; with a long memory nine roundings of the output
+        assert row.error > (1 if row.gate_mean >= 0 else 5 * bench.BFLOAT16_ROUNDING)
+
+
+def test_a_wrong_scan_exceeds_its_tolerance(monkeypatch):
+    def slightly_slow(a, b):
+        return scans.blelloch(a * (1 + 2**-20), b)
+
+    subject = bench._SUBJECTS["blelloch"]._replace(run=slightly_slow)
+    monkeypatch.setitem(bench._SUBJECTS, "blelloch", subject)
+    wrong = bench.precision(quick=True, algorithms=["blelloch"])
+    assert [row for row in wrong if row.error <= row.tolerance] == []
+
+
+def test_nan_is_an_infinite_error(monkeypatch):
+    subject = bench._SUBJECTS["blelloch"]._replace(run=lambda a, b: (b * torch.nan, b))
+    monkeypatch.setitem(bench._SUBJECTS, "blelloch", subject)
+    [row] = bench.precision(lengths=[4], gate_means=[0.0], algorithms=["blelloch"])
+    assert isinf(row.error)
+
+
+@pytest.mark.parametrize("recurrence", ["scan", "mingru", "minlstm"])
+def test_truth_is_the_reference_bit_for_bit(recurrence):
+    # three pieces, the last one short
+    inputs = bench._inputs(recurrence, bench._noise(600), 0.0, torch.float32)
+    whole = getattr(reference, recurrence)(*[x.double() for x in inputs])[0]
+    assert torch.equal(bench._truth(recurrence, inputs), whole)
+
+
+def test_printed_table_is_aligned(rows, capsys):
+    bench.print_precision(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows) + 2
+    columns = {tuple(n for n, letter in enumerate(line) if letter == "|") for line in lines}
+    assert len(columns) == 1
+
+
+def test_sequential_cost():
+    assert [bench.cost("sequential", T) for T in POWERS] == [(T, T) for T in POWERS]
+
+
+def test_hillis_steele_cost():
+    assert [bench.cost("hillis_steele", T) for T in POWERS] == [
+        (2 * (T * log2(T) - T + 1), log2(T)) for T in POWERS
+    ]
+
+
+def test_blelloch_cost():
+    assert [bench.cost("blelloch", T) for T in POWERS] == [(4 * T - 3, 2 * log2(T)) for T in POWERS]
+
+
+def test_log_space_cost():
+    # two prefix scans of 3 T - 2 operations and 2 log2 T steps, and five elementwise passes
+    assert [bench.cost("log_space", T) for T in POWERS] == [
+        (5 * T + 2 * (3 * T - 2), 4 + 4 * log2(T)) for T in POWERS
+    ]
+
+
+@pytest.mark.parametrize("T", [1, 3, 37, 1000])
+def test_blelloch_cost_of_any_length(T):
+    work, depth = bench.cost("blelloch", T)
+    assert work <= 4 * T
+    assert depth <= max(1, 2 * ceil(log2(T)))
+
+
+def test_unpriced_operation_is_refused(monkeypatch):
+    subject = bench._SUBJECTS["sequential"]._replace(run=lambda a, b: (torch.sinh(b), b))
+    monkeypatch.setitem(bench._SUBJECTS, "sequential", subject)
+    with pytest.raises(ValueError, match="no price is known for the operation 'sinh'"):
+        bench.cost("sequential", 2)
+
+
+def test_unknown_algorithm_is_refused():
+    with pytest.raises(ValueError, match=r"must be one of sequential, .*, got 'mingru'"):
+        bench.cost("mingru", 2)
+
+
+def test_examples_of_the_equations_run():
+    equations = Path(__file__).parent.parent / "docs" / "equations.md"
+    result = doctest.testfile(str(equations), module_relative=False)
+    assert result.failed == 0
+    assert result.attempted > 0

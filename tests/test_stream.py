@@ -1,0 +1,151 @@
+"""Generation: the model's own next symbols, drawn as asked, in constant memory."""
+
+import gc
+from itertools import islice
+
+import pytest
+import torch
+
+import minrnn
+from minrnn import stream
+from minrnn.data.tokenizers import Bytes, Characters
+from minrnn.stream import Sampling, Stream, generate, sample, until
+
+LETTERS = Characters("abcde\n")
+
+
+@pytest.fixture
+def model() -> minrnn.LanguageModel:
+    """Untrained, with sharper logits than it would have."""
+    made = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=6, width=16, num_layers=2)).eval()
+    torch.nn.init.normal_(made.head.weight)
+    return made
+
+
+def test_greedy_text_is_what_the_whole_sequence_predicts(model) -> None:
+    text = "abc" + "".join(generate(model, LETTERS, "abc", length=20, sampling=Sampling(0)))
+    ids = torch.from_numpy(LETTERS.encode(text))[None]
+    predicted = model(ids[:, :-1])[0].argmax(-1)[0, 2:]
+    assert LETTERS.decode(predicted.tolist()) == text[3:]
+
+
+def test_long_prompts_are_read_in_chunks(model, monkeypatch) -> None:
+    ids = torch.randint(6, (50,))
+    whole = Stream(model, Sampling(0))
+    whole.prime(ids)
+    monkeypatch.setattr(stream, "_CHUNK", 7)
+    chunks = Stream(model, Sampling(0))
+    chunks.prime(ids)
+    assert [whole.step() for _ in range(10)] == [chunks.step() for _ in range(10)]
+
+
+def test_a_seed_fixes_the_text(model) -> None:
+    first, again, other = (
+        "".join(generate(model, LETTERS, "a", length=40, sampling=Sampling(seed=s)))
+        for s in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len(first) == 40
+
+
+def test_a_stream_forks(model) -> None:
+    trunk = Stream(model, Sampling(0))
+    trunk.prime([0, 1, 2])
+    branch = Stream(model, Sampling(0), trunk.state)
+    trunk.prime([3])
+    branch.prime([3])
+    assert [trunk.step() for _ in range(8)] == [branch.step() for _ in range(8)]
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(20_000, 4)
+    random = torch.Generator().manual_seed(0)
+    drawn = sample(logits, Sampling(temperature=0.5), random)
+    found = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(found, (logits[0] / 0.5).softmax(0), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(top_k=2), {1, 2}),
+        (Sampling(top_k=1), {2}),
+        (Sampling(top_p=1e-6), {2}),
+        # probabilities are about .09, .24, .64, .03
+        (Sampling(top_p=0.6), {2}),
+        (Sampling(top_p=0.7), {1, 2}),
+        (Sampling(top_k=3, top_p=0.999), {0, 1, 2}),
+        (Sampling(temperature=100.0, top_k=100), {0, 1, 2, 3}),
+        (Sampling(temperature=0), {2}),
+    ],
+)
+def test_filters_keep_the_likeliest(sampling: Sampling, allowed: set[int]) -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(2_000, 4)
+    drawn = sample(logits, sampling, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == allowed
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected"),
+    [
+        ("abcabd!", "abd", "abc"),
+        ("aaab", "aab", "a"),
+        ("abc", "x", "abc"),
+        ("abab", "abc", "abab"),
+        ("x", "x", ""),
+    ],
+)
+def test_text_ends_before_the_stop_text(pieces: str, stop: str, expected: str) -> None:
+    assert "".join(until(iter(pieces), stop)) == expected
+    assert "".join(until(iter([pieces]), stop)) == expected
+
+
+def test_generate_stops(model) -> None:
+    whole = "".join(generate(model, LETTERS, "a", length=60, sampling=Sampling(0)))
+    stop = whole[20:23]
+    cut = "".join(generate(model, LETTERS, "a", length=60, stop=stop, sampling=Sampling(0)))
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_bytes_come_as_whole_characters() -> None:
+    model = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=256, width=8, num_layers=1)).eval()
+    pieces = list(generate(model, Bytes(), "é", length=50, sampling=Sampling(seed=0)))
+    assert len(pieces) == 51
+    "".join(pieces).encode("utf-8")
+
+
+def test_memory_does_not_grow_with_the_text(model) -> None:
+    pieces = generate(model, LETTERS, "a", sampling=Sampling(seed=0))
+
+    def live_bytes() -> int:
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+        return sum(x.untyped_storage().nbytes() for x in tensors)
+
+    assert len(list(islice(pieces, 10))) == 10
+    early = live_bytes()
+    assert len(list(islice(pieces, 300))) == 300
+    assert live_bytes() == early
+
+
+def test_wrong_arguments_are_named(model) -> None:
+    for fields, message in (
+        ({"temperature": -1.0}, "`temperature` must be >= 0, got -1.0"),
+        ({"temperature": float("nan")}, "`temperature` must be >= 0, got nan"),
+        ({"top_k": -1}, "`top_k` must be >= 0, got -1"),
+        ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sampling(**fields)
+    with pytest.raises(ValueError, match="`length` must be >= 0, got -1"):
+        generate(model, LETTERS, "a", length=-1)
+    with pytest.raises(ValueError, match="`stop` must be a text, got an empty one"):
+        generate(model, LETTERS, "a", stop="")
+    with pytest.raises(ValueError, match="`prompt` must hold at least one symbol, got none"):
+        generate(model, LETTERS, "")
+    with pytest.raises(ValueError, match="character 'x'"):
+        generate(model, LETTERS, "ax")
+    with pytest.raises(ValueError, match="`ids` must hold at least one symbol, got none"):
+        Stream(model).prime([])
+    with pytest.raises(ValueError, match="`prime` must be called"):
+        Stream(model).step()
