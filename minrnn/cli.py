@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -257,9 +258,9 @@ def _parsed(kind: Callable[..., Any], args: list[str], options: dict[str, Any]) 
 
 def _one_line(box: str, kind: Callable[..., Any], options: dict[str, Any]) -> str:
     """The message in a box that tyro drew, and the known options if one was unknown."""
-    rows = [row.strip(" │╭╰╮╯") for row in box.splitlines()]
-    rows = [row for row in rows[1:] if row and not row.startswith("For full helptext")]
-    text = " ".join("" if set(row) <= {"─"} else row for row in rows).strip()
+    rows = [row.strip(" │╭╰╮╯─") for row in box.splitlines()[1:]]
+    ends = ("For full helptext", "Perhaps you meant", "Argument helptext")
+    text = " ".join(itertools.takewhile(lambda row: not row.startswith(ends), rows)).strip()
     if "nrecognized" in text:
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):

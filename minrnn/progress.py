@@ -1,5 +1,6 @@
 """What a person sees while a run goes: a live bar on a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -46,7 +47,7 @@ class Progress:
         self._training: TaskID | None = None
         self._started = self._last_line = time.monotonic()
         self._first_step: int | None = None
-        self._loss, self._valid_loss = 0.0, float("nan")
+        self._loss, self._valid_loss = 0.0, math.nan
 
     def __enter__(self) -> "Progress":
         self._bar.__enter__()
@@ -82,13 +83,13 @@ class Progress:
         speed = rate * self.tokens_per_step
         if self._training is not None:
             figures = f"loss {self._loss:.3f}  {speed:,.0f} tokens/s"
-            if self._valid_loss == self._valid_loss:
+            if not math.isnan(self._valid_loss):
                 figures += f"  validation {self._valid_loss:.3f}"
             self._bar.update(self._training, completed=event.step, figures=figures)
         due = now - self._last_line >= _LINE_EVERY
         if not self.live and (due or event.valid_loss is not None):
             self._last_line = now
-            left = (self.steps - event.step) / rate if rate else float("nan")
+            left = (self.steps - event.step) / rate if rate else math.nan
             line = f"step={event.step}/{self.steps} loss={self._loss:.4f}"
             if event.valid_loss is not None:
                 line += f" valid_loss={event.valid_loss:.4f}"

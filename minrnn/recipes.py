@@ -68,7 +68,7 @@ RECIPES: dict[RecipeName, TextConfig] = {
         valid_limit=32_768,
         model=ModelConfig(width=128, num_layers=2, dropout=0.0),
         train=TrainConfig(
-            steps=600,
+            steps=800,
             batch_size=32,
             learning_rate=4e-3,
             min_learning_rate=4e-4,

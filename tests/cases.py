@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, bfloat16, float16, float32, float64
+from torch import Tensor, bfloat16, float16, float32, float64, int32, int64
 
 from minrnn.ops import reference
 
@@ -47,6 +47,7 @@ class Case:
     normalized: bool = True
     reset: bool = False
     cu_seqlens: tuple[int, ...] | None = None
+    index: torch.dtype = int64
     reverse: bool = False
 
     def __str__(self) -> str:
@@ -82,9 +83,26 @@ CASES = (
     Case(float16, 3, 31, 8, "the same without h0; tanh", h0=False, candidate="tanh"),
     Case(float32, 3, 40, 6, "resets, at both ends too", reset=True, normalized=False),
     Case(float32, 3, 41, 6, "resets met from the other side", reset=True, reverse=True),
-    Case(float32, 1, 17, 6, "sequences end to end, four of them empty", cu_seqlens=_BOUNDS),
+    Case(float32, 1, 17, 6, "four of eight sequences empty", cu_seqlens=_BOUNDS, index=int32),
     Case(float32, 1, 0, 4, "two sequences without a step", cu_seqlens=(0, 0, 0)),
     Case(bfloat16, 1, 17, 6, "all at once", reset=True, cu_seqlens=_BOUNDS, reverse=True),
+)
+
+
+# small enough for finite differences
+SMALL_CASES = (
+    Case(float64, 2, 4, 2, "with h0"),
+    Case(float64, 2, 3, 2, "without", h0=False, candidate="identity", normalized=False),
+    Case(float64, 2, 5, 2, "backwards", candidate="tanh", reset=True, reverse=True),
+    Case(float64, 1, 5, 2, "packed", reset=True, cu_seqlens=(0, 0, 2, 5)),
+)
+
+
+# for what traces an operator without running it
+TRACED_CASES = (
+    Case(float64, 2, 5, 3, "dense, a state in double"),
+    Case(float32, 2, 5, 3, "strides that are not the result's", "time_first", reset=True),
+    Case(bfloat16, 1, 5, 3, "all options", reset=True, cu_seqlens=(0, 0, 2, 5), reverse=True),
 )
 
 
@@ -122,7 +140,7 @@ def make_inputs(name: str, case: Case) -> Inputs:
         options["reset"] = torch.rand(B, T) < 0.3
         options["reset"][0, 0] = options["reset"][-1, -1] = True
     if case.cu_seqlens is not None:
-        options["cu_seqlens"] = torch.tensor(case.cu_seqlens)
+        options["cu_seqlens"] = torch.tensor(case.cu_seqlens, dtype=case.index)
     sequences = [x.to(case.dtype) for x in (*gates.values(), torch.randn(B, T, D))]
     *placed, dh = _lay_out(sequences, case.layout)
     state = torch.randn(2, rows, D, dtype=state_dtype)

@@ -4,7 +4,19 @@ import re
 
 import pytest
 import torch
-from cases import CASES, GATES, Case, Inputs, assert_close, expected, in_pieces, make_inputs, run
+from cases import (
+    CASES,
+    GATES,
+    SMALL_CASES,
+    TRACED_CASES,
+    Case,
+    Inputs,
+    assert_close,
+    expected,
+    in_pieces,
+    make_inputs,
+    run,
+)
 from torch import Tensor, bfloat16, float16, float32, float64
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -17,10 +29,6 @@ NAN, INF = float("nan"), float("inf")
 def _inputs(name: str, **case) -> Inputs:
     sizes = {"dtype": float32, "B": 2, "T": 6, "D": 3, "reason": "named by the test"}
     return make_inputs(name, Case(**sizes | case))
-
-
-def test_unwritten_memory_is_nan():
-    assert torch.empty(3).isnan().all()
 
 
 # trap 12
@@ -246,6 +254,16 @@ def test_nothing_broken_crosses_a_cut(backend, name, cut, reverse, value):
                 assert torch.equal(broken[key][1 - half], clean[key][1 - half]), key
 
 
+@pytest.mark.parametrize("name", GATES)
+def test_broken_input_is_not_hidden(backend, name):
+    inputs = _inputs(name)
+    inputs.gates[GATES[name][-1]][0, -1] = NAN
+    h, h_T = getattr(backend.ops, name)(*inputs.gates.values(), inputs.h0)
+    for last in (h[:, -1], h_T):
+        assert last[0].isnan().all()
+        assert last[1].isfinite().all()
+
+
 # trap 11
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", GATES)
@@ -261,16 +279,8 @@ def test_reset_at_the_first_step_drops_h0(backend, name, reverse):
     assert_close(actual, wanted)
 
 
-DERIVED = (
-    Case(float64, 2, 4, 2, "with h0"),
-    Case(float64, 2, 3, 2, "without", h0=False, candidate="identity", normalized=False),
-    Case(float64, 2, 5, 2, "backwards", candidate="tanh", reset=True, reverse=True),
-    Case(float64, 1, 5, 2, "packed", reset=True, cu_seqlens=(0, 0, 2, 5)),
-)
-
-
 # trap 17
-@pytest.mark.parametrize("case", DERIVED, ids=str)
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 @pytest.mark.parametrize("name", GATES)
 def test_first_and_second_derivatives(backend, name, case):
     inputs = make_inputs(name, case)
@@ -297,21 +307,13 @@ def test_third_derivative(backend):
     assert gradgradcheck(slope, (k, v))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(float32, 2, 5, 3, "dense"),
-        Case(float32, 2, 5, 3, "strides that are not the result's", "time_first", reset=True),
-        Case(bfloat16, 1, 5, 3, "all options", reset=True, cu_seqlens=(0, 0, 2, 5), reverse=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", TRACED_CASES, ids=str)
 @pytest.mark.parametrize("name", GATES)
 def test_operators_keep_the_rules_of_torch_library(name, case):
     inputs = make_inputs(name, case)
     gates = [x.detach().requires_grad_() for x in inputs.gates.values()]
-    h0, *others = (x.detach().requires_grad_() for x in (inputs.h0, inputs.dh, inputs.dh_T))
-    dh, dh_T = others
+    states = (inputs.h0.to(case.dtype), inputs.dh, inputs.dh_T)
+    h0, dh, dh_T = (x.detach().requires_grad_() for x in states)
     options = {"reset": None, "cu_seqlens": None} | inputs.options
     order = ("candidate", "normalized", "reset", "cu_seqlens", "reverse")
     options = [options[key] for key in order if key in options]
@@ -322,8 +324,11 @@ def test_operators_keep_the_rules_of_torch_library(name, case):
 
 # torch's own compiler still calls torch.jit
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_compile_takes_the_whole_graph(backend):
-    inputs = _inputs("mingru", T=5, layout="time_first", reset=True)
+@pytest.mark.parametrize("case", ["time_first", "packed"])
+def test_compile_takes_the_whole_graph(backend, case):
+    packed = case == "packed"
+    options = {"B": 1, "cu_seqlens": (0, 2, 5)} if packed else {"layout": case, "reset": True}
+    inputs = _inputs("mingru", T=5, **options)
     compiled = torch.compile(backend.ops.mingru, fullgraph=True)
     actual = run(lambda *args, **options: compiled(*args, **options), inputs)
     assert_close(actual, expected("mingru", inputs))
@@ -362,7 +367,6 @@ BAD = (
     ({"reset": META[:, :, 0].bool()}, "`reset` must be on cpu like the gates, got meta"),
     ({"cu_seqlens": torch.arange(2)}, "`cu_seqlens` needs a batch of one row, B = 1, got B = 2"),
 )
-ROW = X[:1]
 BAD_BOUNDS = (
     ([0, 3], "`cu_seqlens` must be a Tensor, got list"),
     (torch.tensor([0.0, 3.0]), "`cu_seqlens` must have dtype int32 or int64, got torch.float32"),
@@ -375,9 +379,8 @@ BAD_BOUNDS = (
     (torch.tensor([0, 3], device="meta"), "`cu_seqlens` must be on cpu like the gates, got meta"),
     (torch.tensor([0, 1, 3]), "`h0` must have shape (N, D) = (2, 4), got (1, 4)"),
 )
-BAD += tuple(
-    ({"k": ROW, "v": ROW, "h0": ROW[:, 0], "cu_seqlens": x}, message) for x, message in BAD_BOUNDS
-)
+ROW = {"k": X[:1], "v": X[:1], "h0": X[:1, 0]}
+BAD += tuple((ROW | {"cu_seqlens": x}, message) for x, message in BAD_BOUNDS)
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=lambda x: x if isinstance(x, str) else "")

@@ -56,6 +56,10 @@ def _numpy_run(name: str, inputs: Inputs) -> dict[str, Tensor]:
     return {"h": torch.from_numpy(h), "h_T": torch.from_numpy(h_T)}
 
 
+def test_unwritten_memory_is_nan():
+    assert torch.empty(3).isnan().all()
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", GATES)
 def test_reference_matches_numpy(name, case):
@@ -133,6 +137,27 @@ def test_candidates_by_hand(candidate, expected):
     # a gate this far open lets nothing through but the candidate
     h, _ = reference.mingru(torch.full_like(v, 100.0), v, candidate=candidate)
     torch.testing.assert_close(h, _column(*expected))
+
+
+# trap 1
+def test_slope_of_g_by_hand():
+    v = _column(-np.log(3.0), -0.0, 0.0, 1.0).requires_grad_()
+    h, _ = reference.mingru(torch.full_like(v, 100.0), v)
+    (slope,) = torch.autograd.grad(h.sum(), v)
+    torch.testing.assert_close(slope, _column(3 / 16, 1.0, 1.0, 1.0))
+
+
+# trap 7, trap 8, trap 15
+def test_saturated_gates_by_hand():
+    zero, h0 = _column(0.0), torch.ones(1, 1, dtype=torch.float64)
+    # 1 - z where 1 - sigmoid(50) is 0, f' where sigmoid(-800) is 0, f' where softplus is cut short
+    _, leak = reference.mingru(_column(50.0), zero, h0, candidate="identity")
+    _, share = reference.minlstm(_column(-800.0), _column(-801.0), zero, h0, candidate="identity")
+    _, tail = reference.minlstm(_column(-20.5), _column(0.0), zero, h0, candidate="identity")
+    sigmoid = 1 / (1 + np.exp([-50.0, -1.0, 20.5]))
+    wanted = [np.exp(-50) * sigmoid[0], sigmoid[1], sigmoid[2] / (sigmoid[2] + 0.5)]
+    actual = torch.cat([leak, share, tail]).flatten()
+    torch.testing.assert_close(actual, torch.tensor(wanted), rtol=1e-14, atol=0)
 
 
 def test_half_precision_rounds_only_h():
