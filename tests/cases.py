@@ -21,7 +21,7 @@ GATES = {"scan": ("a", "b"), "mingru": ("k", "v"), "minlstm": ("f", "i", "v")}
 # measured numbers are the worst of twenty seeds of the table below in pure torch, against float64;
 # always the gradient of a decay, which in half precision is read off the rounded h.
 TOLERANCES = {
-    # measured 1.8e-15
+    # measured 2.3e-15
     float64: 4e-15,
     # measured 3.4e-6; h alone 8.2e-7
     float32: 5e-6,

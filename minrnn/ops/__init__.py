@@ -36,7 +36,8 @@ def scan(
 
     Blelloch 1990, section 1.4 (first-order recurrences). The state is kept in float32, in float64
     for float64 inputs; h is rounded to the inputs' dtype, h_T is not. For long memories in half
-    precision prefer `mingru` or `minlstm`: a rounded `a` near 1 is a different decay.
+    precision prefer `mingru` or `minlstm`: a rounded `a` near 1 is a different decay. Where |a| > 1,
+    products of decays may overflow although no state does.
 
     Args:
         a: (B, T, D), the decay of each step. float32, float64, bfloat16 or float16; any strides.
@@ -200,8 +201,8 @@ def _define(name: str) -> None:
     )
     forward = getattr(torch_kernels, name)
     backward = getattr(torch_kernels, f"{name}_backward")
-    _library.impl(name, forward, "CompositeExplicitAutograd")
-    _library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    _library.impl(name, _contiguous(forward), "CompositeExplicitAutograd")
+    _library.impl(f"{name}_backward", _contiguous(backward), "CompositeExplicitAutograd")
 
     def forward_shapes(*args: Any) -> tuple[Tensor, Tensor]:
         gate, h0, cu_seqlens = args[0], args[num_gates], args[-2]
@@ -221,6 +222,15 @@ def _define(name: str) -> None:
     torch.library.register_fake(f"minrnn::{name}_backward", backward_shapes, lib=_library)
     _register_gradient(name, num_gates, num_saved)
     _register_second_gradient(name, backward)
+
+
+def _contiguous(kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """`kernel` with contiguous results, whatever the strides of its inputs: what the fake says."""
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(x.contiguous() for x in kernel(*args))
+
+    return run
 
 
 def _register_gradient(name: str, num_gates: int, num_saved: int) -> None:

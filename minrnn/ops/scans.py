@@ -38,16 +38,17 @@ class _Steps(NamedTuple):
 
     def apply(self, before: Tensor) -> Tensor:
         """The state after each step, from the state before it."""
-        if self.reset is not None:
-            before = torch.where(self.reset, 0.0, before)
-        return torch.addcmul(self.b, self.a, before)
+        if self.reset is None:
+            return torch.addcmul(self.b, self.a, before)
+        # both factors: across a reset the product of the decays may be NaN, and NaN * 0 is NaN
+        before = torch.where(self.reset, 0.0, before)
+        return torch.addcmul(self.b, torch.where(self.reset, 0.0, self.a), before)
 
     def after(self, first: "_Steps") -> "_Steps":
         """The composition `first o self`."""
         b = self.apply(first.b)
         if self.reset is None or first.reset is None:
             return _Steps(first.a * self.a, b, None)
-        # the product is not read behind a reset, so it need not be cleared there
         return _Steps(first.a * self.a, b, first.reset | self.reset)
 
 
