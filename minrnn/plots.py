@@ -15,7 +15,7 @@ def draw_loss(folder: Path) -> Path:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key, label, style in (
-        ("loss", "training (with dropout)", {"linewidth": 1, "color": "tab:gray"}),
+        ("loss", "training", {"linewidth": 1, "color": "tab:gray"}),
         ("valid_loss", "validation", {"marker": "o", "markersize": 3, "color": "tab:blue"}),
     ):
         points = [(row["step"], row[key]) for row in rows if key in row]
