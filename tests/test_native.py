@@ -1,0 +1,82 @@
+"""The compiled kernels: where they are, what they refuse, and what is said without them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minrnn import info, ops
+from minrnn.ops import reference
+
+OPS = torch.ops.minrnn
+
+
+def test_every_operator_has_a_compiled_kernel() -> None:
+    assert set(info.kernels()["CPU"].values()) == {"compiled"}
+
+
+def test_without_the_library_pure_torch_runs_and_says_so_once() -> None:
+    script = (
+        "import torch; torch.ops.load_library = lambda path: None\n"
+        "import minrnn\n"
+        "x = torch.zeros(1, 2, 3)\n"
+        "for _ in range(3): minrnn.mingru(x, x)\n"
+        "print(set(minrnn.info.kernels()['CPU'].values()))"
+    ).replace("import minrnn\n", "import minrnn, minrnn.info\n")
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "{'pure torch'}\n"
+    assert done.stderr.count("UserWarning: minrnn runs on pure torch") == 1
+
+
+def test_a_step_equals_the_whole_sequence_bit_for_bit() -> None:
+    k, v = torch.randn(2, 3, 40, 37)
+    h, h_T = ops.mingru(k, v)
+    state = None
+    for t in range(40):
+        step, state = ops.mingru(k[:, t : t + 1], v[:, t : t + 1], state)
+        assert torch.equal(step[:, 0], h[:, t])
+    assert torch.equal(state, h_T)
+
+
+def test_direct_calls_cannot_reach_foreign_memory() -> None:
+    x = torch.zeros(1, 4, 3)
+    with pytest.raises(RuntimeError, match="gates must have equal shapes"):
+        OPS.mingru(x, x[:, :2], None, "g", None, None, False)
+    with pytest.raises(RuntimeError, match="gates must have equal dtypes"):
+        OPS.mingru(x, x.double(), None, "g", None, None, False)
+    with pytest.raises(RuntimeError, match=r"`h0` must have shape \(1, 3\)"):
+        OPS.mingru(x, x, x[0, :, 0][None], "g", None, None, False)
+    with pytest.raises(RuntimeError, match="`cu_seqlens` must rise from 0 to T = 4"):
+        OPS.scan(x, x, None, None, torch.tensor([0, 9, 4]), False)
+    with pytest.raises(RuntimeError, match=r"`reset` must have shape \(B, T\) and dtype bool"):
+        OPS.scan(x, x, None, torch.zeros(1, 3, dtype=torch.bool), None, False)
+    with pytest.raises(RuntimeError, match="`candidate` must be one of"):
+        OPS.mingru(x, x, None, "relu", None, None, False)
+    with pytest.raises(RuntimeError, match="`h0` must have shape"):
+        OPS.scan_backward(x, x[:, 0, :2], x, None, x, None, None, False)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_threads_do_not_change_the_result(threads: int) -> None:
+    k, v = torch.randn(2, 3, 200, 130)
+    expected = ops.mingru(k, v)[0]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(ops.mingru(k, v)[0], expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("D", range(33))
+def test_every_width_and_misalignment(D: int) -> None:
+    storage = torch.randn(2, 3 * (D + 3) * 7 + 8)
+    for shift in range(3):
+        k, v = (row[shift:].as_strided((3, 7, D), ((D + 3) * 7, D + 3, 1)) for row in storage)
+        h, h_T = ops.mingru(k, v)
+        expected, expected_T = reference.mingru(k.double(), v.double())
+        torch.testing.assert_close(h.double(), expected, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(h_T.double(), expected_T, rtol=2e-6, atol=1e-6)
