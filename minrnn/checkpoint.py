@@ -1,7 +1,8 @@
 """Runs on disk: a folder with config.json and weights in safetensors, nothing else that is read.
 
-    config.json                       what was asked for, the model's shape, the tokenizer
-    model.safetensors                 the weights with the best validation loss
+    config.json                       what was asked for, and what came of it, for people and tools
+    model.safetensors                 the weights with the best validation loss, and in the same
+                                      file all that `load` needs: the model's shape, the tokenizer
     training_state/last.safetensors   weights, optimizer moments and counters of the last save
     corpus/                           the text as ids
     metrics.jsonl                     one line a measurement
@@ -30,7 +31,8 @@ from minrnn.files import write_atomically
 from minrnn.models import LanguageModel, ModelConfig
 
 _FORMAT = "minrnn.run/1"
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
 
 
 class SaveError(OSError):
@@ -50,12 +52,13 @@ def save(
     """Write a model as a run folder that `load` opens.
 
     Args:
-        folder: made if missing; a model that is there already is replaced.
+        folder: made if missing; a model that is there already is replaced, at once and whole.
         model: its configuration and weights are written.
         tokenizer: written too, so that text can be generated.
 
     Raises:
         SaveError: the folder cannot be written to, or the disk is full.
+        ValueError: a training has its run in `folder`.
 
     Example:
         >>> import tempfile
@@ -69,9 +72,14 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"cannot write the folder {folder}: {error.strerror}") from error
-    config = {"model": dataclasses.asdict(model.config)}
-    write_config(folder, config | ({"tokenizer": tokenizer.to_json()} if tokenizer else {}))
-    save_weights(folder, model)
+    if (folder / _CONFIG).is_file() and "text" in read_config(folder):
+        raise ValueError(f"`folder` must not hold a training, {folder} does")
+    notes: dict[str, Any] = {"model": dataclasses.asdict(model.config)}
+    if tokenizer is not None:
+        notes["tokenizer"] = tokenizer.to_json()
+    # the weights first: they are all that `load` reads of the two
+    write_tensors(folder / WEIGHTS, model.state_dict(), notes)
+    write_config(folder, notes)
 
 
 def load(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -88,19 +96,35 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
         ValueError: a file in it is truncated or altered.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    if "model" not in config or not (folder / _WEIGHTS).is_file():
-        raise FileNotFoundError(f"the run {folder} has no weights yet ({_WEIGHTS} is missing)")
-    model = build_model(folder, config)
-    tensors, _ = read_tensors(folder / _WEIGHTS)
-    load_weights(model, tensors, folder / _WEIGHTS)
-    tokenizer = tokenizers.from_json(config["tokenizer"]) if "tokenizer" in config else None
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        read_config(folder)
+        raise FileNotFoundError(f"the run {folder} has no weights yet ({WEIGHTS} is missing)")
+    tensors, notes = read_tensors(weights)
+    model = build_model(weights, notes)
+    # a model of another dtype than float32 is built as one
+    model.to(next(iter(tensors.values())).dtype)
+    load_weights(model, tensors, weights)
+    tokenizer = None
+    if "tokenizer" in notes:
+        tokenizer = tokenizers.from_json(notes["tokenizer"])
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"{weights} is damaged: its tokenizer has {tokenizer.vocab_size} symbols, "
+                f"its model {model.config.vocab_size}"
+            )
     return Checkpoint(model.eval(), tokenizer)
 
 
-def save_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Write `model.safetensors`."""
-    write_tensors(folder / _WEIGHTS, model.state_dict(), {})
+def save_weights(folder: Path, model: torch.nn.Module, step: int) -> None:
+    """Write the weights of the run `folder` as they were at `step`.
+
+    With them goes what its `config.json` says of the model and the tokenizer.
+    """
+    config = read_config(folder)
+    notes = {name: config[name] for name in ("model", "tokenizer") if name in config}
+    notes["step"] = step
+    write_tensors(folder / WEIGHTS, model.state_dict(), notes)
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -120,8 +144,8 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Pa
     model.load_state_dict(dict(tensors))
 
 
-def build_model(folder: Path, config: Mapping[str, Any]) -> LanguageModel:
-    """The model that the configuration of the run `folder` describes, its weights as initialised.
+def build_model(path: Path, config: Mapping[str, Any]) -> LanguageModel:
+    """The model that `config`, read from `path`, describes, its weights as initialised.
 
     Raises:
         ValueError: the configuration is altered.
@@ -129,7 +153,7 @@ def build_model(folder: Path, config: Mapping[str, Any]) -> LanguageModel:
     try:
         return LanguageModel(ModelConfig(**config["model"]))
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / _CONFIG} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

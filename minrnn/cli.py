@@ -19,9 +19,10 @@ import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from minrnn import bench, checkpoint, info, losses, plots, recipes
+from minrnn import bench, checkpoint, info, losses, plots, runs
 from minrnn.data import shakespeare
 from minrnn.data import text as text_data
+from minrnn.data.tokenizers import Characters
 from minrnn.files import write_atomically
 from minrnn.recipes import RECIPES, RecipeName, TextConfig
 from minrnn.stream import Sampling, generate
@@ -30,7 +31,7 @@ from minrnn.train import NonFiniteLossError, evaluate
 
 def train_text(config: TextConfig) -> int:
     """Train a language model on a text."""
-    return resume_run(recipes.start(config))
+    return resume_run(runs.start(config))
 
 
 def resume_run(resume: Path) -> int:
@@ -39,7 +40,7 @@ def resume_run(resume: Path) -> int:
     Args:
         resume: the run folder.
     """
-    result = recipes.go_on(resume)
+    result = runs.go_on(resume)
     plots.draw_loss(resume)
     if result.interrupted:
         print(f"stopped at step {result.step}; go on by: minrnn train --resume {resume}")
@@ -66,7 +67,9 @@ def evaluate_run(
         device: where to compute; auto for a GPU if there is one.
     """
     model, tokenizer = checkpoint.load(run)
-    context = context or recipes.read(run).context
+    if data is None or not context:
+        config = runs.read(run)
+        context = context or config.context
     if context < 1 or batch_size < 1:
         raise ValueError(f"`context` and `batch_size` must be >= 1, got {context}, {batch_size}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,7 +82,9 @@ def evaluate_run(
         windows = corpus.windows(context, batch_size)
         loss = evaluate(model.to(_device(device)), losses.next_symbol, windows)
         size = corpus.num_tokens - corpus.num_train - 1
-    figures = {"loss": loss, "bits": loss / math.log(2), "perplexity": math.exp(loss)}
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}: the model's weights are broken")
+    figures = {"loss": loss, "bits": loss / math.log(2), "perplexity": math.exp(min(loss, 700))}
     if not sys.stdout.isatty():
         print(json.dumps(figures | {"symbols": size, "context": context}))
         return 0
@@ -92,7 +97,7 @@ def evaluate_run(
 
 def generate_text(
     run: Positional[Path],
-    prompt: str = "\n",
+    prompt: str | None = None,
     length: int | None = 500,
     stop: str | None = None,
     sampling: Sampling = Sampling(),
@@ -102,7 +107,7 @@ def generate_text(
 
     Args:
         run: the run folder.
-        prompt: the text to continue.
+        prompt: the text to continue; None for a line break, or whatever else the model knows.
         length: symbols to draw; None goes on until stopped.
         stop: end before this text appears.
         device: where to compute; auto for a GPU if there is one.
@@ -111,6 +116,9 @@ def generate_text(
     if tokenizer is None:
         raise ValueError(f"{run} was saved without a tokenizer")
     model = model.to(_device(device))
+    if prompt is None:
+        known = tokenizer.vocabulary if isinstance(tokenizer, Characters) else "\n"
+        prompt = "\n" if "\n" in known else known[0]
     pieces = generate(model, tokenizer, prompt, length=length, stop=stop, sampling=sampling)
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -192,6 +200,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, NonFiniteLossError) as error:
         return _refuse(f"minrnn {command}", str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        return _refuse(f"minrnn {command}", f"not enough memory: {str(error).splitlines()[0]}")
 
 
 def _write_text(file: Path, content: bytes) -> int:
@@ -201,9 +213,14 @@ def _write_text(file: Path, content: bytes) -> int:
 
 
 def _device(name: str) -> torch.device:
-    if name != "auto":
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        # a device that is named but not there fails here, not in the middle of the work
+        torch.zeros(1, device=name).item()
         return torch.device(name)
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"`device` must be one of this machine's, got {name!r}") from error
 
 
 def _help() -> str:
@@ -258,7 +275,7 @@ def _parsed(kind: Callable[..., Any], args: list[str], options: dict[str, Any]) 
 
 def _one_line(box: str, kind: Callable[..., Any], options: dict[str, Any]) -> str:
     """The message in a box that tyro drew, and the known options if one was unknown."""
-    rows = [row.strip(" │╭╰╮╯─") for row in box.splitlines()[1:]]
+    rows = [row.strip(" │╭╰╮╯─|+-") for row in box.splitlines()[1:]]
     ends = ("For full helptext", "Perhaps you meant", "Argument helptext")
     text = " ".join(itertools.takewhile(lambda row: not row.startswith(ends), rows)).strip()
     if "nrecognized" in text:

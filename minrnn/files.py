@@ -2,10 +2,16 @@
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+if sys.platform == "win32":
+    fcntl = None
+else:
+    import fcntl
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -41,6 +47,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes out of the block; the lock goes with the process, however it ends.
+
+    Raises:
+        ValueError: another process is inside.
+    """
+    if fcntl is None:
+        yield
+        return
+    with Path(path).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is at work in {Path(path).parent}") from error
+        yield
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:

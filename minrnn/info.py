@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 import minrnn
-from minrnn import checkpoint
+from minrnn import checkpoint, runs
+from minrnn.data import text as text_data
 
 _OPERATORS = ("scan", "mingru", "minlstm")
 _DEVICES = ("CPU", "CUDA", "MPS")
@@ -51,28 +52,29 @@ def describe_run(folder: Path) -> Iterator[str]:
     """
     config = checkpoint.read_config(folder)
     yield f"run {folder}"
-    text = config.get("text", {})
-    if text:
-        yield f"text {text['data'] or 'tiny Shakespeare'} as {text['tokenizer']}"
-    if "split" in config:
-        train, valid = config["split"]["train"], config["split"]["valid"]
-        yield f"symbols {train[1] - train[0]:,} to train on, {valid[1] - valid[0]:,} to validate on"
+    text = runs.read(folder) if "text" in config else None
+    if text is not None:
+        yield f"text {text.data or 'tiny Shakespeare'} as {text.tokenizer}"
+    if text is not None and (folder / "corpus" / "corpus.json").is_file():
+        corpus = text_data.load(folder / "corpus")
+        valid = corpus.num_tokens - corpus.num_train
+        yield f"symbols {corpus.num_train:,} to train on, {valid:,} to validate on"
     if "model" in config:
-        model = checkpoint.build_model(folder, config)
+        model = checkpoint.build_model(folder / "config.json", config)
         count = sum(p.numel() for p in model.parameters())
         yield f"model {model.config}"
         yield f"parameters {count:,}, state {model.init_state(1).num_bytes:,} bytes per stream"
     last = folder / "training_state" / "last.safetensors"
     if last.is_file():
         notes = checkpoint.read_tensors(last)[1]
-        steps = text["train"]["steps"] if text else "?"
-        yield f"saved at step {notes['step']:,} of {steps:,}"
-        if notes["best_loss"] is not None:
-            best = f"{notes['best_loss']:.4f} at step {notes['best_step']:,}"
-            yield f"best validation loss {best}"
+        steps = "" if text is None else f" of {text.train.steps:,}"
+        yield f"saved at step {notes.get('step', 0):,}{steps}"
+        if notes.get("best_loss") is not None:
+            yield f"best validation loss {notes['best_loss']:.4f} at step {notes['best_step']:,}"
 
 
 def _kernel(name: str, device: str) -> str:
+    # the dispatcher answers this through no public call
     compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"minrnn::{name}", device)
     return "compiled" if compiled else "pure torch"
 

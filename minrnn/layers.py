@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minrnn import ops
-from minrnn.ops.checks import check_candidate, check_tensor
+from minrnn.ops.checks import check_candidate, check_shape, check_tensor
 
 
 class _MinimalRNN(nn.Module):
@@ -68,7 +68,7 @@ class _MinimalRNN(nn.Module):
         raise NotImplementedError
 
     def _run(self, input: Tensor, hx: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._check(input, hx)
+        self._check(input, hx, reset)
         x = input if self.batch_first else input.transpose(0, 1)
         gates = F.linear(x, self.weight_ih_l0, self.bias_ih_l0)
         if reset is not None and not self.batch_first:
@@ -77,7 +77,7 @@ class _MinimalRNN(nn.Module):
         output = h if self.weight_hr_l0 is None else F.linear(h, self.weight_hr_l0)
         return (output if self.batch_first else output.transpose(0, 1)), h_T[None]
 
-    def _check(self, input: Tensor, hx: Tensor | None) -> None:
+    def _check(self, input: Tensor, hx: Tensor | None, reset: Tensor | None) -> None:
         check_tensor("input", input)
         symbols = "(B, T, input_size)" if self.batch_first else "(T, B, input_size)"
         if input.dim() != 3:
@@ -87,14 +87,14 @@ class _MinimalRNN(nn.Module):
                 f"`input` must have shape {symbols} with input_size = {self.input_size}, "
                 f"got {tuple(input.shape)}"
             )
-        if hx is None:
-            return
-        check_tensor("hx", hx)
-        shape = (1, input.shape[0 if self.batch_first else 1], self.hidden_size)
-        if tuple(hx.shape) != shape:
-            raise ValueError(
-                f"`hx` must have shape (1, B, hidden_size) = {shape}, got {tuple(hx.shape)}"
-            )
+        if hx is not None:
+            check_tensor("hx", hx)
+            B = input.shape[0 if self.batch_first else 1]
+            check_shape("hx", hx, "(1, B, hidden_size)", (1, B, self.hidden_size))
+        if reset is not None:
+            check_tensor("reset", reset)
+            symbols = "(B, T)" if self.batch_first else "(T, B)"
+            check_shape("reset", reset, symbols, tuple(input.shape[:2]))
 
 
 class MinGRU(_MinimalRNN):
@@ -274,7 +274,13 @@ class MinLSTM(_MinimalRNN):
             (h_n, c_n): the last state (1, B, hidden_size), float32 (float64 for float64), twice
                 the same tensor.
         """
-        output, h_n = self._run(input, hx[1] if isinstance(hx, tuple) else hx, reset)
+        if isinstance(hx, (tuple, list)):
+            if len(hx) != 2:
+                raise ValueError(
+                    f"`hx` must be a tensor or the pair (h_0, c_0), got {len(hx)} parts"
+                )
+            hx = hx[1]
+        output, h_n = self._run(input, hx, reset)
         return output, (h_n, h_n)
 
     def _recur(

@@ -1,18 +1,18 @@
 """Whole models, and the configuration that is saved beside their weights."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor, nn
 
 from minrnn.blocks import Block
+from minrnn.configs import check_fields
 from minrnn.layers import MinGRU, MinLSTM
 from minrnn.mixers import MinimalRNN
 from minrnn.state import State
 
 Mixer = Literal["mingru", "minlstm"]
 Candidate = Literal["g", "identity", "tanh"]
-_CHOICES = {"mixer": get_args(Mixer), "candidate": get_args(Candidate)}
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ModelConfig:
 
     Raises:
         ValueError: a field is out of range.
+        TypeError: a field has another type.
     """
 
     vocab_size: int = 0
@@ -49,16 +50,17 @@ class ModelConfig:
     """minLSTM only: added to the forget gate's bias at the start."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         lowest = {"vocab_size": 0, "width": 1, "num_layers": 1, "expansion": 1}
         for name, least in (lowest | {"conv_width": 0, "mlp_ratio": 0}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                shown = ", ".join(map(repr, known))
-                raise ValueError(f"`{name}` must be one of {shown}, got {getattr(self, name)!r}")
+        if self.mixer != "minlstm" and (self.forget_bias or not self.normalized):
+            raise ValueError(
+                f"`normalized` and `forget_bias` belong to the mixer 'minlstm', got {self.mixer!r}"
+            )
 
 
 class LanguageModel(nn.Module):

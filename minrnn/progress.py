@@ -11,7 +11,6 @@ from rich.progress import (
     MofNCompleteColumn,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
@@ -34,13 +33,11 @@ class Progress:
         self.steps, self.tokens_per_step = steps, tokens_per_step
         self.live = sys.stdout.isatty()
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
         )
         self._bar = Bar(*columns, console=Console(), disable=not self.live)
         self._reading: TaskID | None = None
@@ -64,7 +61,7 @@ class Progress:
     def reading(self, done: int, total: int) -> None:
         """Bytes of the text that have been turned into ids."""
         if self._reading is None:
-            self._reading = self._bar.add_task("text", figures="bytes")
+            self._reading = self._bar.add_task("", figures="bytes of text")
         self._bar.update(self._reading, completed=done, total=total)
 
     def report(self, event: Event) -> None:
@@ -74,7 +71,7 @@ class Progress:
             # the first step seen starts the clock: its own time is not known
             self._first_step, self._started = event.step, now
             self._loss = event.loss
-            self._training = self._bar.add_task("training", total=self.steps, figures="")
+            self._training = self._bar.add_task("", total=self.steps, figures="")
         # about the mean of the last 20 steps
         self._loss += 0.05 * (event.loss - self._loss)
         if event.valid_loss is not None:
@@ -82,9 +79,10 @@ class Progress:
         rate = (event.step - self._first_step) / max(now - self._started, 1e-9)
         speed = rate * self.tokens_per_step
         if self._training is not None:
-            figures = f"loss {self._loss:.3f}  {speed:,.0f} tokens/s"
+            figures = f"loss {self._loss:.3f}"
             if not math.isnan(self._valid_loss):
-                figures += f"  validation {self._valid_loss:.3f}"
+                figures += f" valid {self._valid_loss:.3f}"
+            figures += f" {speed:,.0f} tokens/s"
             self._bar.update(self._training, completed=event.step, figures=figures)
         due = now - self._last_line >= _LINE_EVERY
         if not self.live and (due or event.valid_loss is not None):

@@ -1,25 +1,13 @@
-"""Named settings, and how a run over text is started and taken up again from them."""
+"""Named settings: a recipe is an instance of a configuration."""
 
-import dataclasses
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
-from minrnn import checkpoint, losses
-from minrnn.data import shakespeare
-from minrnn.data import text as text_data
-from minrnn.data.batch import Batch
-from minrnn.data.text import Corpus
+from minrnn.configs import check_fields
 from minrnn.data.tokenizers import Kind
-from minrnn.files import write_atomically
 from minrnn.models import ModelConfig
-from minrnn.progress import Progress
-from minrnn.train import Result, TrainConfig, train
+from minrnn.train_config import TrainConfig
 
 RecipeName = Literal["shakespeare", "demo"]
 
@@ -30,6 +18,7 @@ class TextConfig:
 
     Raises:
         ValueError: a field is out of range.
+        TypeError: a field has another type.
     """
 
     recipe: RecipeName = "shakespeare"
@@ -50,6 +39,9 @@ class TextConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if self.model.vocab_size:
+            raise ValueError(f"`vocab_size` is that of the text, got {self.model.vocab_size}")
         if self.context < 1:
             raise ValueError(f"`context` must be >= 1, got {self.context}")
         if self.valid_limit < 0:
@@ -77,143 +69,3 @@ RECIPES: dict[RecipeName, TextConfig] = {
         ),
     ),
 }
-
-
-class TextTask:
-    """Windows of a corpus, and the cross-entropy of the next symbol."""
-
-    def __init__(self, corpus: Corpus, context: int, valid_limit: int) -> None:
-        corpus.check_windows(context)
-        self.corpus, self.context, self.valid_limit = corpus, context, valid_limit
-
-    def batch(self, batch_size: int, seed: tuple[int, ...]) -> Batch:
-        """Windows from random places of the training part."""
-        return self.corpus.random_batch(self.context, batch_size, seed)
-
-    def validation(self, batch_size: int) -> Iterator[Batch]:
-        """The validation part, or as much of it as `valid_limit` says."""
-        return self.corpus.windows(self.context, batch_size, self.valid_limit)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Nats per symbol."""
-        return losses.next_symbol(model, batch)
-
-
-def start(config: TextConfig) -> Path:
-    """Make a run folder: what was asked for, and the text as ids. `go_on` trains.
-
-    If the text does not fit, no folder is left behind; if the process is killed, `go_on` reads the
-    text again.
-
-    Raises:
-        ValueError: the folder holds something already, or the text does not fit the settings.
-        FileNotFoundError: there is no such text.
-        SaveError: the folder cannot be made.
-    """
-    folder = config.out or _free_folder(Path("runs"), config.recipe)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{folder} is not empty; go on with a run in it by --resume {folder}, "
-            "or choose another --out"
-        )
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise checkpoint.SaveError(f"cannot make the folder {folder}: {error.strerror}") from error
-    try:
-        checkpoint.write_config(folder, {"text": _to_json(config)})
-        with _progress(config) as progress:
-            _task(config, folder, progress)
-    except (ValueError, OSError):
-        shutil.rmtree(folder)
-        if not made:
-            folder.mkdir()
-        raise
-    return folder
-
-
-def go_on(folder: Path) -> Result:
-    """Train the run in `folder` from wherever it stands to its end.
-
-    Raises:
-        FileNotFoundError: it is no run folder, or its text is gone before it was read.
-        ValueError: the text does not fit the settings, or a file of the run is damaged.
-    """
-    saved = checkpoint.read_config(folder)
-    if "text" not in saved:
-        raise ValueError(f"{folder} holds a model only, no training to go on with")
-    config = _from_json(saved["text"])
-    with _progress(config) as progress:
-        task = _task(config, folder, progress)
-        corpus = task.corpus
-        model_config = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
-        saved |= {
-            "model": dataclasses.asdict(model_config),
-            "tokenizer": corpus.tokenizer.to_json(),
-            "split": {
-                "train": [0, corpus.num_train],
-                "valid": [corpus.num_train, corpus.num_tokens],
-            },
-        }
-        checkpoint.write_config(folder, saved)
-        torch.manual_seed(config.train.seed)
-        model = checkpoint.build_model(folder, saved)
-        return train(model, task, config.train, folder, progress.report)
-
-
-def read(folder: Path) -> TextConfig:
-    """What the run in `folder` was asked for.
-
-    Raises:
-        FileNotFoundError: it is no run folder.
-        ValueError: it is no run over text, or damaged.
-    """
-    saved = checkpoint.read_config(folder)
-    if "text" not in saved:
-        raise ValueError(f"{folder} holds a model only, no training on a text")
-    return _from_json(saved["text"])
-
-
-def _progress(config: TextConfig) -> Progress:
-    return Progress(config.train.steps, config.train.batch_size * config.context)
-
-
-def _task(config: TextConfig, folder: Path, progress: Progress) -> TextTask:
-    ids = folder / "corpus"
-    if (ids / "corpus.json").is_file():
-        corpus = text_data.load(ids)
-    else:
-        source = config.data
-        if source is None:
-            source = folder / "tinyshakespeare.txt"
-            write_atomically(source, shakespeare.tiny_shakespeare())
-        corpus = text_data.build(
-            source, ids, config.tokenizer, config.valid_fraction, progress.reading
-        )
-    return TextTask(corpus, config.context, config.valid_limit)
-
-
-def _free_folder(parent: Path, name: str) -> Path:
-    number = 1
-    while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
-
-
-def _to_json(config: TextConfig) -> dict[str, Any]:
-    fields = dataclasses.asdict(config)
-    paths = {k: None if fields[k] is None else str(fields[k].resolve()) for k in ("data", "out")}
-    return fields | paths
-
-
-def _from_json(saved: dict[str, Any]) -> TextConfig:
-    try:
-        fields = dict(saved)
-        for name in ("data", "out"):
-            fields[name] = None if fields[name] is None else Path(fields[name])
-        fields["model"] = ModelConfig(**fields["model"])
-        fields["train"] = TrainConfig(**fields["train"])
-        return TextConfig(**fields)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"the run's settings are damaged: {error}") from error

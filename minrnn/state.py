@@ -24,7 +24,7 @@ class State(Mapping[str, "Tensor | State"]):
         parts: a name for each tensor (B, ...) or inner State; names are non-empty and hold no dot.
 
     Raises:
-        ValueError: a name is empty or holds a dot, or the batch sizes differ.
+        ValueError: there are no parts, a name is empty or holds a dot, or the batch sizes differ.
 
     Example:
         >>> state = State({"conv": torch.zeros(3, 2, 4), "rnn": State({"h": torch.ones(3, 5)})})
@@ -42,7 +42,7 @@ class State(Mapping[str, "Tensor | State"]):
             if not name or "." in name:
                 raise ValueError(f"`parts` needs non-empty names without a dot, got {name!r}")
         sizes = {x.batch_size if isinstance(x, State) else x.shape[0] for x in parts.values()}
-        if len(sizes) > 1:
+        if len(sizes) != 1:
             raise ValueError(f"`parts` must have one batch size B, got {sorted(sizes)}")
         self._parts = dict(parts)
 
@@ -51,6 +51,13 @@ class State(Mapping[str, "Tensor | State"]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
+
+    # states are compared as objects: equality of tensors is not one truth value
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -89,7 +96,7 @@ class State(Mapping[str, "Tensor | State"]):
 
     def select(self, rows: Sequence[int] | Tensor) -> "State":
         """The streams `rows`, in that order; a row may be taken more than once."""
-        rows = torch.as_tensor(rows)
+        rows = torch.as_tensor(rows, dtype=torch.long)
         return self.map(lambda x: x[rows.to(x.device)])
 
     @staticmethod
@@ -123,7 +130,11 @@ class State(Mapping[str, "Tensor | State"]):
 
     @staticmethod
     def unflatten(flat: Mapping[str, Tensor]) -> "State":
-        """The inverse of `flatten`."""
+        """The inverse of `flatten`.
+
+        Raises:
+            ValueError: one name is both a tensor and the beginning of another.
+        """
         parts: dict[str, Tensor | State] = {}
         inner: dict[str, dict[str, Tensor]] = {}
         for name, x in flat.items():
@@ -133,11 +144,13 @@ class State(Mapping[str, "Tensor | State"]):
                 inner.setdefault(head, {})[rest] = x
             else:
                 parts[head] = x
+        if any(name in inner for name in flat):
+            raise ValueError(f"`flat` names a tensor and parts of it, got {sorted(flat)}")
         return State(parts | {name: State.unflatten(group) for name, group in inner.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a safetensors file, atomically."""
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.flatten().items()}
+        tensors = {name: x.detach().cpu().clone() for name, x in self.flatten().items()}
         write_atomically(path, save(tensors, metadata={"format": _FORMAT}))
 
     @staticmethod

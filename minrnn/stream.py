@@ -7,6 +7,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from minrnn.configs import check_fields
 from minrnn.data.tokenizers import Tokenizer
 from minrnn.models import LanguageModel
 from minrnn.state import State
@@ -23,6 +24,7 @@ class Sampling:
 
     Raises:
         ValueError: a field is out of range.
+        TypeError: a field has another type.
     """
 
     temperature: float = 1.0
@@ -35,12 +37,15 @@ class Sampling:
     """Of the draws; None draws differently each time."""
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        check_fields(self)
+        if self.temperature < 0:
             raise ValueError(f"`temperature` must be >= 0, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"`top_k` must be >= 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"`seed` must be in [0, 2^63), got {self.seed}")
 
 
 class Stream:
@@ -78,7 +83,7 @@ class Stream:
         else:
             self._random.manual_seed(sampling.seed)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prime(self, ids: Sequence[int] | Tensor) -> None:
         """Read `ids` behind what was read so far.
 
@@ -93,7 +98,7 @@ class Stream:
             # (1, T, V) to (V,)
             self._logits = logits[0, -1]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> int:
         """Draw the next symbol and read it.
 
@@ -113,22 +118,30 @@ def sample(logits: Tensor, sampling: Sampling, random: torch.Generator) -> Tenso
     Returns:
         (...) int64.
 
+    Raises:
+        ValueError: the logits are not finite.
+
     Example:
         >>> logits = torch.tensor([0.0, 5.0, 1.0])
         >>> sample(logits, Sampling(temperature=0), torch.Generator()).item()
         1
     """
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("`logits` must be finite: the model's weights are broken")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / sampling.temperature
+    # the largest is 0, so that a small temperature overflows to -inf only
+    logits = logits.float() - logits.max(dim=-1, keepdim=True).values
+    logits = logits / max(sampling.temperature, torch.finfo(logits.dtype).tiny)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
     probabilities = logits.softmax(dim=-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        # a symbol stays if those before it have not reached top_p yet; the first one always does
+        # a symbol stays if those before it have not reached top_p yet; the first one always stays
         before = ordered.cumsum(dim=-1) - ordered
+        before[..., 0] = -1.0
         ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     rows = probabilities.reshape(-1, probabilities.shape[-1])

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,74 +21,9 @@ from torch import Tensor, nn
 
 from minrnn import checkpoint
 from minrnn.data.batch import Batch
-from minrnn.files import remove_leftovers
+from minrnn.files import locked, remove_leftovers
 from minrnn.interrupts import Interrupts
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a model is trained: AdamW, warm-up and cosine, clipped gradients.
-
-    Raises:
-        ValueError: a field is out of range.
-    """
-
-    steps: int = 5000
-    """Updates of the weights."""
-    batch_size: int = 64
-    """Sequences in one update."""
-    accumulation: int = 1
-    """Parts that each batch is computed in, to save memory."""
-    learning_rate: float = 1e-3
-    """After the warm-up."""
-    min_learning_rate: float = 1e-4
-    """At the end of the cosine."""
-    warmup_steps: int = 100
-    """Steps in which the learning rate rises from 0."""
-    weight_decay: float = 0.1
-    """AdamW's, on matrices and kernels; vectors (biases, norms) are not decayed."""
-    beta1: float = 0.9
-    """AdamW's."""
-    beta2: float = 0.99
-    """AdamW's."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision; "no" is float32. The recurrent state is float32 always."""
-    eval_every: int = 250
-    """Steps between evaluations on the validation part; each is followed by a save."""
-    log_every: int = 10
-    """Steps between lines in metrics.jsonl."""
-    seed: int = 0
-    """Of the weights, the batches and dropout."""
-
-    def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulation", "eval_every", "log_every")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}")
-        for name in ("min_learning_rate", "warmup_steps", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"`batch_size` = {self.batch_size} must be a multiple of "
-                f"`accumulation` = {self.accumulation}"
-            )
-
-    def learning_rate_at(self, step: int) -> float:
-        """Of the update from `step` to `step` + 1: linear warm-up, then a cosine to the minimum."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        span = self.learning_rate - self.min_learning_rate
-        return self.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+from minrnn.train_config import TrainConfig
 
 
 class Task(Protocol):
@@ -135,7 +70,19 @@ class NonFiniteLossError(ArithmeticError):
 def evaluate(
     model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], batches: Iterable[Batch]
 ) -> float:
-    """The mean loss over all targets of `batches`, with dropout off."""
+    """Measure the mean loss over all targets of `batches`, with dropout off.
+
+    Args:
+        model: left in the mode (training or not) that it was in.
+        loss: (model, batch) -> the mean over the targets of the batch that count.
+        batches: brought to the device of the model.
+
+    Returns:
+        The mean over all targets, each counting once.
+
+    Raises:
+        ValueError: no target counts.
+    """
     training = model.training
     model.eval()
     total, num_targets = 0.0, 0
@@ -144,6 +91,8 @@ def evaluate(
         total += loss(model, _to(batch, device)).item() * batch.num_targets
         num_targets += batch.num_targets
     model.train(training)
+    if num_targets == 0:
+        raise ValueError("`batches` must hold at least one target, got none")
     return total / num_targets
 
 
@@ -163,12 +112,20 @@ def train(
         folder: a run folder; see `minrnn.checkpoint` for what is written to it.
         report: called after each step and each evaluation.
 
+    Returns:
+        How it ended: at the last step, or earlier because SIGINT or SIGTERM asked for it.
+
     Raises:
         NonFiniteLossError: the loss or gradient is not finite.
         SaveError: a save failed; the one before is whole.
-        ValueError: the saved state is damaged or not this model's.
+        ValueError: the saved state is damaged or not this model's, or another process trains in
+            `folder`.
     """
-    with Interrupts() as interrupts, contextlib.closing(_Loop(model, task, config, folder)) as loop:
+    with (
+        locked(folder / ".lock"),
+        Interrupts() as interrupts,
+        contextlib.closing(_Loop(model, task, config, folder)) as loop,
+    ):
         loop.restore()
         while loop.step < config.steps:
             event = loop.update()
@@ -195,6 +152,10 @@ class _Loop:
             log_with="tensorboard",
             project_dir=folder,
         )
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"one process trains a run for now, got {self.accelerator.num_processes}"
+            )
         self.raw_model = model
         self.optimizer = _optimizer(model, config)
         self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
@@ -213,18 +174,45 @@ class _Loop:
             remove_leftovers(folder)
         metrics_size = 0
         if self._last.is_file():
-            tensors, notes = checkpoint.read_tensors(self._last)
-            self._put(tensors)
-            self.step = notes["step"]
-            self.best_loss, self.best_step = notes["best_loss"] or math.inf, notes["best_step"]
-            metrics_size = notes["metrics_size"]
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(notes["scaler"])
+            metrics_size = self._restore_last()
+        elif (self.folder / checkpoint.WEIGHTS).exists():
+            # weights are written after the state that they belong to
+            raise ValueError(f"{self.folder} has weights, but {self._last} is missing")
         self.metrics = self.metrics_path.open("ab")
-        self.metrics.truncate(min(metrics_size, self.metrics_path.stat().st_size))
+        found = self.metrics_path.stat().st_size
+        if found < metrics_size:
+            raise ValueError(
+                f"{self.metrics_path} is damaged: it must have at least {metrics_size} bytes, "
+                f"got {found}"
+            )
+        self.metrics.truncate(metrics_size)
         self.accelerator.init_trackers(
             "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}}
         )
+
+    def _restore_last(self) -> int:
+        """Take up the last save; how long the metrics were then."""
+        tensors, notes = checkpoint.read_tensors(self._last)
+        try:
+            self.step, self.best_step = notes["step"], notes["best_step"]
+            best_loss, metrics_size = notes["best_loss"], notes["metrics_size"]
+        except KeyError as error:
+            raise ValueError(f"{self._last} is no training state: it has no {error}") from error
+        self.best_loss = math.inf if best_loss is None else best_loss
+        self._put(tensors)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(notes["scaler"])
+        weights = self.folder / checkpoint.WEIGHTS
+        if self.best_step and not weights.is_file() and self.step != self.best_step:
+            raise ValueError(f"{weights} is missing: the best weights, of step {self.best_step}")
+        if self.step == self.best_step and not self._has_weights_of(self.step):
+            # the process was killed before it wrote them
+            checkpoint.save_weights(self.folder, self.raw_model, self.step)
+        return metrics_size
+
+    def _has_weights_of(self, step: int) -> bool:
+        weights = self.folder / checkpoint.WEIGHTS
+        return weights.is_file() and checkpoint.read_tensors(weights)[1].get("step") == step
 
     def update(self) -> Event:
         """One step: forward, backward, clip, AdamW."""
@@ -255,7 +243,7 @@ class _Loop:
         return event
 
     def validate(self, event: Event) -> Event:
-        """Measure the validation loss; keep the weights if it is the best."""
+        """Measure the validation loss."""
         valid_loss = evaluate(
             self.model, self.task.loss, self.task.validation(self.config.batch_size)
         )
@@ -264,11 +252,10 @@ class _Loop:
         self._log({"valid_loss": valid_loss})
         if valid_loss < self.best_loss:
             self.best_loss, self.best_step = valid_loss, self.step
-            checkpoint.save_weights(self.folder, self.raw_model)
         return Event(event.step, event.loss, event.learning_rate, valid_loss)
 
     def save(self) -> None:
-        """Everything that `restore` needs, in one file."""
+        """Everything that `restore` needs, in one file; then the weights, if they are the best."""
         assert self.metrics is not None
         try:
             self.metrics.flush()
@@ -284,12 +271,14 @@ class _Loop:
         if self.accelerator.scaler is not None:
             notes["scaler"] = self.accelerator.scaler.state_dict()
         checkpoint.write_tensors(self._last, self._take(), notes)
+        if self.step == self.best_step:
+            checkpoint.save_weights(self.folder, self.raw_model, self.step)
 
     def close(self) -> None:
         """Close the logs."""
         if self.metrics is not None:
             self.metrics.close()
-        self.accelerator.end_training()
+            self.accelerator.end_training()
         # Accelerate keeps its settings for the process; the next training may want others
         AcceleratorState._reset_state(reset_partial_state=True)
 

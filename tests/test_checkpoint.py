@@ -1,7 +1,6 @@
 """Run folders: exact, whole or refused, and never a pickle."""
 
 import errno
-import json
 import os
 from pathlib import Path
 
@@ -71,9 +70,9 @@ def test_altered_weights_are_refused(folder: Path) -> None:
 
 
 def test_weights_of_another_model_are_refused(folder: Path, tmp_path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["model"]["width"] = 4
-    (folder / "config.json").write_text(json.dumps(config))
+    tensors, notes = checkpoint.read_tensors(folder / "model.safetensors")
+    notes["model"]["width"] = 4
+    checkpoint.write_tensors(folder / "model.safetensors", tensors, notes)
     expected = (
         r"does not fit its configuration: embedding\.weight must have shape \(3, 4\), got \(3, 8\)"
     )
@@ -130,3 +129,31 @@ def test_leftovers_of_a_killed_process_are_removed(folder: Path) -> None:
     (folder / ".model.safetensors.abc.tmp").write_text("half")
     files.remove_leftovers(folder)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+
+
+def test_a_save_that_fails_half_way_leaves_one_whole_model(folder: Path, monkeypatch) -> None:
+    wider = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=3, width=16, num_layers=1))
+    for calls in (1, 2):
+        replace, left = os.replace, iter(range(calls, 0, -1))
+
+        def fail(source, target, replace=replace, left=left) -> None:
+            if next(left) == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            replace(source, target)
+
+        monkeypatch.setattr(files.os, "replace", fail)
+        with pytest.raises(checkpoint.SaveError, match="No space left"):
+            minrnn.save(folder, wider)
+        monkeypatch.undo()
+        assert minrnn.load(folder).model.config.width == (8 if calls == 1 else 16)
+
+
+def test_a_training_is_not_overwritten(folder: Path) -> None:
+    checkpoint.write_config(folder, {"text": {}})
+    with pytest.raises(ValueError, match="`folder` must not hold a training"):
+        minrnn.save(folder, _model())
+
+
+def test_dtype_is_kept(tmp_path) -> None:
+    minrnn.save(tmp_path, _model().double())
+    assert minrnn.load(tmp_path).model.head.weight.dtype == torch.float64

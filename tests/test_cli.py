@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minrnn import cli, info, recipes
+from minrnn import cli, info, recipes, runs
 
 SMALL = ["--context", "16", "--width", "16", "--num-layers", "1", "--steps", "4"]
 SMALL += ["--batch-size", "4", "--eval-every", "2", "--valid-limit", "100"]
@@ -54,7 +54,7 @@ def test_the_first_free_folder_is_taken(source: Path, tmp_path, monkeypatch) -> 
     for name in ("demo", "demo-2"):
         args = ["train", "text", "--recipe", "demo", "--data", str(source), *SMALL]
         assert cli.main(args) == 0
-        assert recipes.read(Path("runs") / name).train.steps == 4
+        assert runs.read(Path("runs") / name).train.steps == 4
 
 
 def test_a_recipe_fills_in_what_is_not_given(source: Path, tmp_path, monkeypatch) -> None:
@@ -86,9 +86,15 @@ def test_generate_streams_what_was_asked_for(run: Path, capsys) -> None:
     assert cli.main(command) == 0
     first = capsys.readouterr().out
     assert len(first) == 31
-    assert cli.main([*command, "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9"]) == 0
     assert cli.main([*command, "--stop", first[10:12]]) == 0
-    assert capsys.readouterr().out.endswith("\n")
+    assert capsys.readouterr().out == first[: first.index(first[10:12])] + "\n"
+    assert cli.main([*command, "--top-k", "1"]) == 0
+    greedy = capsys.readouterr().out
+    for options in (["--temperature", "0"], ["--top-p", "0.001"], ["--temperature", "1e-40"]):
+        assert cli.main([*command, *options]) == 0
+        assert capsys.readouterr().out == greedy
+    assert cli.main(["generate", str(run), "--length", "0"]) == 0
+    assert capsys.readouterr().out == "\n"
 
 
 def test_info_says_which_kernel_serves_what(run: Path, capsys) -> None:
@@ -159,6 +165,7 @@ def test_bad_prompts_are_refused(run: Path, capsys) -> None:
     said = _refused(capsys, "generate", run, "--prompt", "To bé")
     assert "character 'é' (U+00E9) at place 4 is not among the" in said
     assert "at least one symbol" in _refused(capsys, "generate", run, "--prompt", "")
+    assert "`device` must be one of this" in _refused(capsys, "generate", run, "--device", "foo")
     assert "`temperature` must be" in _refused(capsys, "generate", run, "--temperature", "-1")
 
 
@@ -196,8 +203,7 @@ def test_unknown_words_are_refused_with_the_known(source: Path, capsys) -> None:
     assert "--widht" in said
     assert "(known: --help, --recipe, --data, " in said
     assert "--width" in said
-    said = _refused(capsys, "generate")
-    assert "run" in said.lower()
+    assert "the run folder. (required)" in _refused(capsys, "generate")
     said = _refused(capsys, "train", "text", "--data", source, "--steps", "many")
     assert "--steps" in said
     assert "`steps` must be >= 1" in _refused(capsys, "train", "text", "--steps", "0")

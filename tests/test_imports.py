@@ -14,17 +14,18 @@ PACKAGE = Path(minrnn.__file__).parent
 
 # storeys from the bottom up: a module imports from its own storey or from those below
 STOREYS = [
-    {"ops", "files"},
+    {"ops", "files", "configs"},
     {"state"},
     {"layers"},
     {"mixers"},
     {"blocks"},
     {"models"},
     {"data", "losses"},
-    {"checkpoint"},
+    {"checkpoint", "tasks", "train_config"},
     {"train", "stream", "interrupts"},
-    {"plots", "progress", "bench"},
-    {"recipes", "info"},
+    {"plots", "progress", "bench", "recipes"},
+    {"runs"},
+    {"info"},
     {"cli"},
     {"__main__"},
 ]

@@ -155,8 +155,10 @@ def test_bad_inputs_are_named(layer: type) -> None:
         module(torch.randn(7, 3, 6))
     with pytest.raises(ValueError, match=r"`hx` must have shape .* = \(1, 3, 5\), got \(3, 5\)"):
         module(torch.randn(7, 3, 4), torch.zeros(3, 5))
-    with pytest.raises(ValueError, match=r"`reset` must have shape \(B, T\) = \(3, 7\), got"):
+    with pytest.raises(ValueError, match=r"`reset` must have shape \(T, B\) = \(7, 3\), got"):
         module(torch.randn(7, 3, 4), reset=torch.zeros(3, 7, dtype=torch.bool))
+    with pytest.raises(TypeError, match="`reset` must be a Tensor, got list"):
+        module(torch.randn(7, 3, 4), reset=[True])
 
 
 def test_forget_bias_needs_a_bias() -> None:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from minrnn import info, ops
 from minrnn.ops import reference
@@ -80,3 +81,13 @@ def test_every_width_and_misalignment(D: int) -> None:
         expected, expected_T = reference.mingru(k.double(), v.double())
         torch.testing.assert_close(h.double(), expected, rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(h_T.double(), expected_T, rtol=2e-6, atol=1e-6)
+
+
+def test_forward_mode_is_refused() -> None:
+    k, v = torch.randn(2, 1, 3, 2)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(k, v)
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives are not supported"):
+            ops.mingru(dual, v)
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives are not supported"):
+            ops.scan(k, v, dual[:, 0])

@@ -165,12 +165,23 @@ def test_wrong_states_are_named() -> None:
         State({"a.b": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"`parts` must have one batch size B, got \[1, 2\]"):
         State({"a": torch.zeros(1), "b": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"`parts` must have one batch size B, got \[\]"):
+        State({})
+    with pytest.raises(ValueError, match="`flat` names a tensor and parts of it"):
+        State.unflatten({"a": torch.zeros(1), "a.b": torch.zeros(1)})
     with pytest.raises(ValueError, match="`states` must hold at least one State, got none"):
         State.concatenate([])
     with pytest.raises(
         ValueError, match=r"number 1 has {'a': .4,.} where the first has {'a': .3,.}"
     ):
         State.concatenate([State({"a": torch.zeros(1, 3)}), State({"a": torch.zeros(1, 4)})])
+
+
+def test_all_streams_may_leave() -> None:
+    state = State({"h": torch.zeros(3, 2)})
+    assert state.select([]).batch_size == 0
+    assert state == state
+    assert state != state.select([0, 1, 2])
 
 
 def test_state_is_immutable() -> None:

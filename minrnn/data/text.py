@@ -163,15 +163,24 @@ def load(folder: Path) -> Corpus:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         tokenizer = tokenizers.from_json(saved["tokenizer"])
-        corpus = Corpus(folder, tokenizer, saved["num_tokens"], saved["num_train"], saved["sha256"])
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        num_tokens, num_train = int(saved["num_tokens"]), int(saved["num_train"])
+        corpus = Corpus(folder, tokenizer, num_tokens, num_train, saved["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
-    expected = corpus.num_tokens * _id_dtype(tokenizer.vocab_size).itemsize
+    if not 0 <= num_train <= num_tokens:
+        raise ValueError(f"{path} is damaged: `num_train` must be in [0, {num_tokens}]")
     tokens = folder / "tokens.bin"
-    size = tokens.stat().st_size if tokens.is_file() else 0
-    if size != expected:
-        raise ValueError(f"{tokens} is damaged: it must have {expected} bytes, got {size}")
+    if not tokens.is_file() or _sha256(tokens) != corpus.sha256:
+        raise ValueError(f"{tokens} is damaged: its content does not fit its checksum")
     return corpus
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _save(corpus: Corpus) -> None:
@@ -199,7 +208,8 @@ def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     if not source.is_dir():
-        raise FileNotFoundError(f"`data` must name a file or folder, {source} does not exist")
+        what = "is neither" if source.exists() else "does not exist"
+        raise FileNotFoundError(f"`data` must name a file or folder, {source} {what}")
     inside = (path.relative_to(source) for path in source.rglob("*"))
     shown = sorted(p for p in inside if not any(part.startswith(".") for part in p.parts))
     files = [source / path for path in shown if (source / path).is_file()]

@@ -107,15 +107,15 @@ class Bytes:
 Tokenizer = Characters | Bytes
 
 
-def from_json(saved: dict[str, Any]) -> Tokenizer:
+def from_json(saved: Any) -> Tokenizer:
     """The tokenizer whose `to_json` gave `saved`.
 
     Raises:
         ValueError: `saved` describes no known tokenizer.
     """
-    if saved.get("kind") == "bytes":
+    if isinstance(saved, dict) and saved.get("kind") == "bytes":
         return Bytes()
-    if saved.get("kind") == "characters" and isinstance(saved.get("vocabulary"), str):
+    if isinstance(saved, dict) and isinstance(saved.get("vocabulary"), str):
         return Characters(saved["vocabulary"])
     raise ValueError(f"`tokenizer` must be of kind 'characters' or 'bytes', got {saved!r:.200}")
 

@@ -57,6 +57,7 @@ def scan(
     Raises:
         ValueError: a shape, device or bound does not fit.
         TypeError: an argument is no tensor, or its dtype does not fit.
+        NotImplementedError: an argument carries a forward-mode tangent.
 
     Example:
         >>> a, b = torch.full((1, 4, 1), 0.5), torch.ones(1, 4, 1)
@@ -110,6 +111,7 @@ def mingru(
     Raises:
         ValueError: a shape, device or bound does not fit, or `candidate` is unknown.
         TypeError: an argument is no tensor, or its dtype does not fit.
+        NotImplementedError: an argument carries a forward-mode tangent.
 
     Example:
         >>> k = torch.zeros(1, 3, 1)                     # every gate half open
@@ -143,7 +145,7 @@ def minlstm(
 
     Feng et al. 2024, arXiv:2410.01201, section 3.2; `f` and `i` are the paper's gates before their
     sigmoid (f~, i~). f' is computed as sigmoid(log sigmoid(f~) - log sigmoid(i~)), which no
-    saturated pair of gates turns into 0/0. Precision is that of `mingru`.
+    finite pair of gates turns into 0/0. Precision is that of `mingru`.
 
     Args:
         f: (B, T, D), the forget gate. float32, float64, bfloat16 or float16; any strides.
@@ -164,6 +166,7 @@ def minlstm(
     Raises:
         ValueError: a shape, device or bound does not fit, or `candidate` is unknown.
         TypeError: an argument is no tensor, or its dtype does not fit.
+        NotImplementedError: an argument carries a forward-mode tangent.
 
     Example:
         >>> f = i = torch.zeros(1, 3, 1)                 # equal gates: f' = i' = 1/2

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CANDIDATES = ("g", "identity", "tanh")
@@ -25,6 +26,7 @@ def check_gates(gates: dict[str, Tensor], candidate: str = "g") -> None:
         if x.dim() != 3:
             raise ValueError(f"`{name}` must have shape (B, T, D), got {tuple(x.shape)}")
         check_shape(name, x, "(B, T, D)", tuple(first.shape))
+        refuse_forward_mode(x)
         _check_device(name, x, first)
 
 
@@ -43,6 +45,7 @@ def check_layout(
         if not h0.is_floating_point():
             raise TypeError(f"`h0` must have a floating dtype, got {h0.dtype}")
         check_shape("h0", h0, rows_name, (rows, D))
+        refuse_forward_mode(h0)
         _check_device("h0", h0, x)
     if reset is not None:
         check_tensor("reset", reset)
@@ -50,6 +53,14 @@ def check_layout(
             raise TypeError(f"`reset` must have dtype torch.bool, got {reset.dtype}")
         check_shape("reset", reset, "(B, T)", (B, T))
         _check_device("reset", reset, x)
+
+
+def refuse_forward_mode(x: Tensor) -> None:
+    """`x` carries no tangent: the operators would drop it and answer with a derivative of zero."""
+    if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            "forward-mode derivatives are not supported: use reverse mode, or minrnn.ops.reference"
+        )
 
 
 def check_candidate(candidate: str) -> None:

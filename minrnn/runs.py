@@ -1,0 +1,154 @@
+"""A training on text as a folder: started, and taken up again from wherever it stands."""
+
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minrnn import checkpoint
+from minrnn.data import shakespeare
+from minrnn.data import text as text_data
+from minrnn.data.text import Corpus
+from minrnn.files import write_atomically
+from minrnn.models import ModelConfig
+from minrnn.progress import Progress
+from minrnn.recipes import TextConfig
+from minrnn.tasks import TextTask
+from minrnn.train import Result, train
+from minrnn.train_config import TrainConfig
+
+_TINY_SHAKESPEARE = "tinyshakespeare.txt"
+
+
+def start(config: TextConfig) -> Path:
+    """Make a run folder: what was asked for, and the text as ids. `go_on` trains.
+
+    If the text does not fit, nothing is left behind; if the process is killed, `go_on` reads the
+    text again.
+
+    Raises:
+        ValueError: the folder holds something already or lies inside the text's, or the text does
+            not fit the settings.
+        FileNotFoundError: there is no such text.
+        SaveError: the folder cannot be made.
+    """
+    folder = config.out or _free_folder(Path("runs"), config.recipe)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} is not empty; go on with a run in it by --resume {folder}, "
+            "or choose another --out"
+        )
+    if config.data is not None and config.data.resolve() in folder.resolve().parents:
+        raise ValueError(
+            f"the run folder {folder} lies inside the text's folder {config.data} and would be "
+            "read as text; choose another --out"
+        )
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise checkpoint.SaveError(f"cannot make the folder {folder}: {error.strerror}") from error
+    try:
+        checkpoint.write_config(folder, {"text": _to_json(config)})
+        with _progress(config) as progress:
+            _corpus(config, folder, {}, progress)
+    except (ValueError, OSError):
+        _take_back(folder, made)
+        raise
+    return folder
+
+
+def go_on(folder: Path) -> Result:
+    """Train the run in `folder` from wherever it stands to its end.
+
+    Raises:
+        FileNotFoundError: it is no run folder, or its text is gone before it was read.
+        ValueError: the text does not fit the settings or has changed, or a file of the run is
+            damaged.
+    """
+    config, saved = read(folder), checkpoint.read_config(folder)
+    with _progress(config) as progress:
+        corpus = _corpus(config, folder, saved, progress)
+        task = TextTask(corpus, config.context, config.valid_limit)
+        model_config = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
+        train_part, end = corpus.num_train, corpus.num_tokens
+        found = {
+            "model": dataclasses.asdict(model_config),
+            "tokenizer": corpus.tokenizer.to_json(),
+            "split": {"train": [0, train_part], "valid": [train_part, end]},
+            "tokens_sha256": corpus.sha256,
+        }
+        if saved != saved | found:
+            checkpoint.write_config(folder, saved | found)
+        torch.manual_seed(config.train.seed)
+        model = checkpoint.build_model(folder / "config.json", found)
+        return train(model, task, config.train, folder, progress.report)
+
+
+def read(folder: Path) -> TextConfig:
+    """What the run in `folder` was asked for.
+
+    Raises:
+        FileNotFoundError: it is no run folder.
+        ValueError: it is no run over text, or damaged.
+    """
+    saved = checkpoint.read_config(folder)
+    if "text" not in saved:
+        raise ValueError(f"{folder} holds a model only, no training on a text")
+    try:
+        fields = dict(saved["text"])
+        for name in ("data", "out"):
+            fields[name] = None if fields[name] is None else Path(fields[name])
+        fields["model"] = ModelConfig(**fields["model"])
+        fields["train"] = TrainConfig(**fields["train"])
+        return TextConfig(**fields)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+
+
+def _progress(config: TextConfig) -> Progress:
+    return Progress(config.train.steps, config.train.batch_size * config.context)
+
+
+def _corpus(config: TextConfig, folder: Path, saved: dict[str, Any], progress: Progress) -> Corpus:
+    ids = folder / "corpus"
+    if (ids / "corpus.json").is_file():
+        corpus = text_data.load(ids)
+    else:
+        source = config.data
+        if source is None:
+            source = folder / _TINY_SHAKESPEARE
+            write_atomically(source, shakespeare.tiny_shakespeare())
+        corpus = text_data.build(
+            source, ids, config.tokenizer, config.valid_fraction, progress.reading
+        )
+    if saved.get("tokens_sha256", corpus.sha256) != corpus.sha256:
+        raise ValueError(f"the text of {folder} has changed since its training began")
+    corpus.check_windows(config.context)
+    return corpus
+
+
+def _take_back(folder: Path, made: bool) -> None:
+    """Remove what `start` wrote, and the folder if it made it; never hide the reason for it."""
+    with contextlib.suppress(OSError):
+        for path in (folder / "config.json", folder / _TINY_SHAKESPEARE):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder / "corpus", ignore_errors=True)
+        if made:
+            folder.rmdir()
+
+
+def _free_folder(parent: Path, name: str) -> Path:
+    number = 1
+    while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def _to_json(config: TextConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(config)
+    paths = {k: None if fields[k] is None else str(fields[k].resolve()) for k in ("data", "out")}
+    return fields | paths

@@ -1,0 +1,80 @@
+"""How a model is trained: the settings, their ranges, and the schedule of the learning rate."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from minrnn.configs import check_fields
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained: AdamW, warm-up and cosine, clipped gradients.
+
+    Raises:
+        ValueError: a field is out of range.
+        TypeError: a field has another type.
+    """
+
+    steps: int = 5000
+    """Updates of the weights."""
+    batch_size: int = 64
+    """Sequences in one update."""
+    accumulation: int = 1
+    """Parts that each batch is computed in, to save memory."""
+    learning_rate: float = 1e-3
+    """After the warm-up."""
+    min_learning_rate: float = 1e-4
+    """At the end of the cosine."""
+    warmup_steps: int = 100
+    """Steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices and kernels; vectors (biases, norms) are not decayed."""
+    beta1: float = 0.9
+    """AdamW's."""
+    beta2: float = 0.99
+    """AdamW's."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision; "no" is float32. The recurrent state is float32 always."""
+    eval_every: int = 250
+    """Steps between evaluations on the validation part; each is followed by a save."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    seed: int = 0
+    """Of the weights, the batches and dropout."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        inside: dict[str, Callable[[float], bool]] = {
+            ">= 1": lambda x: x >= 1,
+            "> 0": lambda x: x > 0,
+            ">= 0": lambda x: x >= 0,
+            "in [0, 1)": lambda x: 0 <= x < 1,
+        }
+        for names, range_ in (
+            ("steps batch_size accumulation eval_every log_every", ">= 1"),
+            ("learning_rate clip_norm", "> 0"),
+            ("min_learning_rate warmup_steps weight_decay seed", ">= 0"),
+            ("beta1 beta2", "in [0, 1)"),
+        ):
+            for name in names.split():
+                if not inside[range_](getattr(self, name)):
+                    raise ValueError(f"`{name}` must be {range_}, got {getattr(self, name)}")
+        if self.seed >= 1 << 63:
+            raise ValueError(f"`seed` must be below 2^63, got {self.seed}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"`batch_size` = {self.batch_size} must be a multiple of "
+                f"`accumulation` = {self.accumulation}"
+            )
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of the update from `step` to `step` + 1: linear warm-up, then a cosine to the minimum."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        span = self.learning_rate - self.min_learning_rate
+        return self.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
