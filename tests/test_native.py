@@ -83,6 +83,8 @@ def test_every_width_and_misalignment(D: int) -> None:
         torch.testing.assert_close(h_T.double(), expected_T, rtol=2e-6, atol=1e-6)
 
 
+# torch's own, on the first use of forward mode
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_forward_mode_is_refused() -> None:
     k, v = torch.randn(2, 1, 3, 2)
     with forward_ad.dual_level():
