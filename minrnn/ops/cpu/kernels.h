@@ -68,23 +68,32 @@ struct Compute<double> {
 
 enum class Candidate { g, identity, tanh };
 
-// The candidate and its slope at v. At v = 0, g has the slope of its right side.
+// The candidate at v, top / bottom, and its slope. At v = 0, g has the slope of its right side.
 template <Candidate candidate, class C>
-MINRNN_INLINE void activate(C v, C& value, C& slope) {
-  if constexpr (candidate == Candidate::g) {
-    C open, shut;
-    sigmoids(v, open, shut);
-    // written so that NaN takes the branch v + 0.5
-    value = v < C(0) ? open : v + C(0.5);
-    slope = v < C(0) ? open * shut : C(1);
-  } else if constexpr (candidate == Candidate::tanh) {
-    value = hyperbolic_tangent(v);
-    slope = C(1) - value * value;
-  } else {
-    value = v;
-    slope = C(1);
+struct Activation {
+  C top, bottom;
+
+  MINRNN_INLINE explicit Activation(C v) {
+    bottom = C(1);
+    if constexpr (candidate == Candidate::g) {
+      const C e = exp_nonpositive(-absolute(v));
+      // written so that NaN takes the branch v + 0.5
+      top = v < C(0) ? e : v + C(0.5);
+      bottom = v < C(0) ? C(1) + e : C(1);
+    } else if constexpr (candidate == Candidate::tanh) {
+      top = hyperbolic_tangent(v);
+    } else {
+      top = v;
+    }
   }
-}
+
+  // From v, the candidate and 1 / bottom.
+  static MINRNN_INLINE C slope(C v, C value, C inverse) {
+    if constexpr (candidate == Candidate::g) return v < C(0) ? value * inverse : C(1);
+    if constexpr (candidate == Candidate::tanh) return C(1) - value * value;
+    return C(1);
+  }
+};
 
 struct Scan {
   static constexpr int num_gates = 2;
@@ -104,25 +113,30 @@ struct Scan {
   }
 };
 
+// Quotients share one division: 1 / (x y) times y is 1 / x.
 template <Candidate candidate>
 struct MinGRU {
   static constexpr int num_gates = 2;
 
   template <class C>
   static MINRNN_INLINE void coefficients(const C* x, C& a, C& b) {
-    C z, value, slope;
-    sigmoids(x[0], z, a);
-    activate<candidate>(x[1], value, slope);
-    b = z * value;
+    const Sigmoid<C> z(x[0]);
+    const Activation<candidate, C> value(x[1]);
+    const C scale = C(1) / (z.sum * value.bottom);
+    a = z.shut * value.bottom * scale;
+    b = z.open * value.top * scale;
   }
 
   template <class C>
   static MINRNN_INLINE void gradients(const C* x, C g, C p, C* dx, C& a) {
-    C z, value, slope;
-    sigmoids(x[0], z, a);
-    activate<candidate>(x[1], value, slope);
+    const Sigmoid<C> k(x[0]);
+    const Activation<candidate, C> v(x[1]);
+    const C scale = C(1) / (k.sum * v.bottom);
+    const C inverse = k.sum * scale, value = v.top * inverse;
+    const C z = k.open * v.bottom * scale;
+    a = k.shut * v.bottom * scale;
     dx[0] = g * (value - p) * z * a;
-    dx[1] = g * z * slope;
+    dx[1] = g * z * v.slope(x[1], value, inverse);
   }
 };
 
@@ -130,67 +144,57 @@ template <Candidate candidate, bool normalized>
 struct MinLSTM {
   static constexpr int num_gates = 3;
 
-  // sigmoid(f) = open_f / sum_f and sigmoid(-f) = shut_f / sum_f, sum_f = 1 + exp(-|f|).
+  // What both directions need of the gates: a = keep / sum, i' (or i) = take / sum.
   template <class C>
-  struct Half {
-    C open, shut, sum;
+  struct Gates {
+    Sigmoid<C> f, i;
+    C keep, take, sum;
 
-    MINRNN_INLINE explicit Half(C x) {
-      const C e = exp_nonpositive(-absolute(x));
-      open = x < C(0) ? e : C(1);
-      shut = x < C(0) ? C(1) : e;
-      sum = C(1) + e;
+    MINRNN_INLINE Gates(C f_, C i_, C lift) : f(f_ + lift), i(i_ + lift) {
+      keep = f.open * i.sum;
+      take = i.open * f.sum;
+      sum = normalized ? keep + take : f.sum * i.sum;
     }
   };
 
-  // f' = sigmoid(f) / (sigmoid(f) + sigmoid(i)), with the larger of the two numerators brought to
-  // 1 by a common factor, so that no pair of gates gives 0/0.
+  // Normalised gates depend on sigmoid(f) / sigmoid(i) only, and far below 0 that is exp(f - i).
+  // Both are lifted there, so that no finite pair underflows to 0/0.
   template <class C>
-  static MINRNN_INLINE void normalize(C f, C i, const Half<C>& F, const Half<C>& I, C& a, C& in) {
-    const C low_f = f < C(0) ? f : C(0), low_i = i < C(0) ? i : C(0);
-    const C e = exp_nonpositive(-absolute(low_f - low_i));
-    const C weight_f = (low_f < low_i ? e : C(1)) * I.sum;
-    const C weight_i = (low_f < low_i ? C(1) : e) * F.sum;
-    const C scale = C(1) / (weight_f + weight_i);
-    a = weight_f * scale;
-    in = weight_i * scale;
-  }
-
-  template <class C>
-  static MINRNN_INLINE void gates(const C* x, C& a, C& in, C& shut_f, C& shut_i) {
-    const Half<C> F(x[0]), I(x[1]);
-    shut_f = F.shut / F.sum;
-    shut_i = I.shut / I.sum;
-    if constexpr (normalized) {
-      normalize(x[0], x[1], F, I, a, in);
-    } else {
-      a = F.open / F.sum;
-      in = I.open / I.sum;
-    }
+  static MINRNN_INLINE Gates<C> gates(const C* x) {
+    if (!normalized) return Gates<C>(x[0], x[1], C(0));
+    const C larger = x[0] < x[1] ? x[1] : x[0];
+    return Gates<C>(x[0], x[1], larger < C(-40) ? C(-40) - larger : C(0));
   }
 
   template <class C>
   static MINRNN_INLINE void coefficients(const C* x, C& a, C& b) {
-    C in, shut_f, shut_i, value, slope;
-    gates(x, a, in, shut_f, shut_i);
-    activate<candidate>(x[2], value, slope);
-    b = in * value;
+    const Gates<C> gate = gates(x);
+    const Activation<candidate, C> value(x[2]);
+    const C scale = C(1) / (gate.sum * value.bottom);
+    a = gate.keep * value.bottom * scale;
+    b = gate.take * value.top * scale;
   }
 
   template <class C>
   static MINRNN_INLINE void gradients(const C* x, C g, C p, C* dx, C& a) {
-    C in, shut_f, shut_i, value, slope;
-    gates(x, a, in, shut_f, shut_i);
-    activate<candidate>(x[2], value, slope);
+    const Gates<C> gate = gates(x);
+    const Activation<candidate, C> v(x[2]);
+    const C sums = gate.f.sum * gate.i.sum, rest = gate.sum * v.bottom;
+    const C scale = C(1) / (sums * rest);
+    const C shut_f = gate.f.shut * gate.i.sum * rest * scale;
+    const C shut_i = gate.i.shut * gate.f.sum * rest * scale;
+    const C inverse = sums * gate.sum * scale, value = v.top * inverse;
+    a = gate.keep * v.bottom * sums * scale;
+    const C take = gate.take * v.bottom * sums * scale;
     if constexpr (normalized) {
-      const C dd = g * (value - p) * a * in;
+      const C dd = g * (value - p) * a * take;
       dx[0] = -dd * shut_f;
       dx[1] = dd * shut_i;
     } else {
       dx[0] = g * p * a * shut_f;
-      dx[1] = g * value * in * shut_i;
+      dx[1] = g * value * take * shut_i;
     }
-    dx[2] = g * in * slope;
+    dx[2] = g * take * v.slope(x[2], value, inverse);
   }
 };
 
@@ -207,6 +211,19 @@ struct Sequence {
   const C* h0;          // (width) or null: zeros
   int64_t T, width;
 };
+
+// Asks for a row that is read soon: short rows, from the last step to the first, are not what the
+// hardware foresees (measured: 1.6 times as fast with rows of 256 bytes).
+template <class S>
+MINRNN_INLINE void prefetch(const S* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += 64 / sizeof(S)) __builtin_prefetch(row + c);
+}
+
+// How many steps ahead, so that the distance is about 2 kB.
+template <class S>
+MINRNN_INLINE int64_t steps_ahead(int64_t width) {
+  return 1 + 2048 / (width * static_cast<int64_t>(sizeof(S)));
+}
 
 // h_t = a_t * h_{t-1} + b_t. Writes h (T, width) and h_T (width).
 template <class Op, class S>
@@ -241,7 +258,7 @@ MINRNN_INLINE void backward(const Sequence<S>& sequence, const S* dh, int64_t dh
                             int64_t h_step, S* const* dx, const int64_t* dx_step,
                             typename Compute<S>::type* __restrict carry) {
   using C = typename Compute<S>::type;
-  const int64_t width = sequence.width;
+  const int64_t width = sequence.width, ahead = steps_ahead<S>(width);
   for (int64_t t = sequence.T - 1; t >= 0; --t) {
     const bool reset = sequence.reset && sequence.reset[t * sequence.reset_step];
     const S* __restrict x0 = sequence.x[0] + t * sequence.x_step[0];
@@ -253,6 +270,13 @@ MINRNN_INLINE void backward(const Sequence<S>& sequence, const S* dh, int64_t dh
     S* __restrict dx1 = dx[1] + t * dx_step[1];
     S* __restrict dx2 = Op::num_gates > 2 ? dx[2] + t * dx_step[2] : dx1;
     const C* __restrict h0 = sequence.h0;
+    if (t >= ahead) {
+      prefetch(x0 - ahead * sequence.x_step[0], width);
+      prefetch(x1 - ahead * sequence.x_step[1], width);
+      if (Op::num_gates > 2) prefetch(x2 - ahead * sequence.x_step[2], width);
+      prefetch(dh_t - ahead * dh_step, width);
+      prefetch(h_before - ahead * h_step, width);
+    }
     const auto step = [&](int64_t c, C p) MINRNN_LAMBDA {
       const C x[3] = {load(x0[c]), load(x1[c]), Op::num_gates > 2 ? load(x2[c]) : C(0)};
       C d[3], a;

@@ -182,6 +182,7 @@ template <class F>
 void for_each_block(const Layout& layout, int64_t T, int64_t D, const F& f) {
   constexpr int64_t worth_a_thread = 1 << 14, line = 32;
   const int64_t rows = layout.num_sequences();
+  if (rows == 0 || D == 0) return;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(),
                                             1 + rows * T * D / worth_a_thread);
   // whole rows if there are enough of them, else blocks of channels in whole cache lines

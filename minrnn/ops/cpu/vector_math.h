@@ -18,45 +18,29 @@ MINRNN_INLINE To bits_as(From from) {
   return to;
 }
 
-// 2^n for the n that `magic + n` carries in its lowest bits (see below), |n| <= 126 or 1022.
-MINRNN_INLINE float power_of_two(float shifted) {
-  return bits_as<float>((bits_as<int32_t>(shifted) << 23) + (127 << 23));
-}
-
-MINRNN_INLINE double power_of_two(double shifted) {
-  return bits_as<double>((bits_as<int64_t>(shifted) << 52) + (int64_t{1023} << 52));
-}
-
-// exp(x) for x <= 0, down to the smallest subnormal; NaN stays NaN.
+// exp(x) for x <= 0; below the smallest normal number it is 0, NaN stays NaN.
 //
-// x = n ln 2 + r with |r| <= ln 2 / 2. Adding and subtracting a large constant rounds to a whole
-// number, which then stands in the lowest bits of the sum. 2^n is applied as two factors, since
-// n alone reaches below the smallest normal exponent.
+// x = n ln 2 + r with |r| <= ln 2 / 2. Adding a large constant rounds x / ln 2 to the whole number
+// n, which then stands in the lowest bits of the sum; shifted to where the exponent is and added to
+// the bits of exp(r), it multiplies by 2^n.
 MINRNN_INLINE float exp_nonpositive(float x) {
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23
-  x = x < -104.0f ? -104.0f : x;
-  const float half = x * 0.72134752f;  // x / (2 ln 2): half of n, rounded
-  const float shifted_1 = half + magic, n_1 = shifted_1 - magic;
-  const float shifted_2 = (x * 1.44269504f - n_1) + magic, n_2 = shifted_2 - magic;
-  const float n = n_1 + n_2;
+  const float shifted = x * 1.44269504f + magic, n = shifted - magic;
   // ln 2 in two parts, the first with few enough bits that n times it is exact
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691e-4f;  // minimax, as in Cephes' expf
-  p = p * r + 1.3981999e-3f;
-  p = p * r + 8.3334519e-3f;
-  p = p * r + 4.1665796e-2f;
-  p = p * r + 1.6666665e-1f;
-  p = p * r + 5.0000001e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * power_of_two(shifted_1) * power_of_two(shifted_2);
+  float p = 1.381432036e-3f;  // minimax fit of (exp(r) - 1 - r) / r^2, error of exp(r) 3.1e-9
+  p = p * r + 8.368851085e-3f;
+  p = p * r + 4.166840109e-2f;
+  p = p * r + 1.666651952e-1f;
+  p = p * r + 4.999999337e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const float scaled = bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(shifted) << 23));
+  return x < -87.336544f ? 0.0f : (x != x ? x : scaled);
 }
 
 MINRNN_INLINE double exp_nonpositive(double x) {
   constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
-  x = x < -746.0 ? -746.0 : x;
-  const double shifted_1 = x * 0.72134752044448170 + magic, n_1 = shifted_1 - magic;
-  const double shifted_2 = (x * 1.4426950408889634 - n_1) + magic, n_2 = shifted_2 - magic;
-  const double n = n_1 + n_2;
+  const double shifted = x * 1.4426950408889634 + magic, n = shifted - magic;
   const double r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
   double p = 1.0 / 6227020800.0;  // Taylor to r^13 / 13!: the rest is below 5e-18
   p = p * r + 1.0 / 479001600.0;
@@ -72,7 +56,8 @@ MINRNN_INLINE double exp_nonpositive(double x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  return p * power_of_two(shifted_1) * power_of_two(shifted_2);
+  const double scaled = bits_as<double>(bits_as<uint64_t>(p) + (bits_as<uint64_t>(shifted) << 52));
+  return x < -708.396418532264 ? 0.0 : (x != x ? x : scaled);
 }
 
 template <class C>
@@ -80,14 +65,19 @@ MINRNN_INLINE C absolute(C x) {
   return x < C(0) ? -x : x;
 }
 
-// sigmoid(x) and sigmoid(-x) from one exponential, both to full relative precision.
+// sigmoid(x) = open / sum and sigmoid(-x) = shut / sum, both to full relative precision, from one
+// exponential. Undivided, so that several quotients of one step can share a single division.
 template <class C>
-MINRNN_INLINE void sigmoids(C x, C& open, C& shut) {
-  const C e = exp_nonpositive(-absolute(x));
-  const C larger = C(1) / (C(1) + e), smaller = e * larger;
-  open = x < C(0) ? smaller : larger;
-  shut = x < C(0) ? larger : smaller;
-}
+struct Sigmoid {
+  C open, shut, sum;
+
+  MINRNN_INLINE explicit Sigmoid(C x) {
+    const C e = exp_nonpositive(-absolute(x));
+    open = x < C(0) ? e : C(1);
+    shut = x < C(0) ? C(1) : e;
+    sum = C(1) + e;
+  }
+};
 
 // tanh(x): the exponential form loses digits where x is small, a polynomial takes over there.
 template <class C>

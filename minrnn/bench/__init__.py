@@ -1,0 +1,39 @@
+"""Questions about precision, cost, speed and memory, one file each.
+
+    precision    how far is each algorithm from the reference, and what arithmetic does it take?
+    scan         how near are the operators to the bandwidth of the memory, and how far the others?
+    layer        how fast are the layers beside nn.GRU, nn.LSTM and the public minGRUs?
+    train_step   what is left of it when a whole model trains?
+    memory       how much memory does a training step of a layer take?
+
+Behind them stand `peers` (who is compared), `truth` (who is right), `measure` (how time is taken)
+and `report` (table, JSON, picture). `docs/bench.md` says how to read what they print.
+"""
+
+from minrnn.bench.precision import (
+    BFLOAT16_ROUNDING,
+    GATE_MEANS,
+    HEADROOM,
+    LENGTHS,
+    QUICK_LENGTHS,
+    SCANS,
+    Cost,
+    PrecisionRow,
+    cost,
+    precision,
+    print_precision,
+)
+
+__all__ = [
+    "BFLOAT16_ROUNDING",
+    "GATE_MEANS",
+    "HEADROOM",
+    "LENGTHS",
+    "QUICK_LENGTHS",
+    "SCANS",
+    "Cost",
+    "PrecisionRow",
+    "cost",
+    "precision",
+    "print_precision",
+]

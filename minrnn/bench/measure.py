@@ -1,0 +1,229 @@
+"""How time is taken: all competitors in turn, round after round, with the memory beside them."""
+
+import gc
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+# a shorter turn repeats its call: below this the clock and the wake-up of threads would count
+TURN = 2e-3
+# bytes that a scan, cell or addition must move for each float32 element
+FORWARD_BYTES = {"scan": 12, "mingru": 12, "minlstm": 16, "add": 12}
+# the backward pass reads dh, h and what the gradient needs, and writes a gradient for each input
+BOTH_BYTES = {"scan": 12 + 20, "mingru": 12 + 24, "minlstm": 16 + 32}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Something to be timed."""
+
+    run: Callable[[], Any]
+    threads: int = 0
+    """0 stands for those that torch has now."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call."""
+
+    median: float
+    low: float
+    """the lower quartile"""
+    high: float
+    """the upper quartile"""
+    rounds: int
+
+
+def summarize(seconds: list[float]) -> Timing:
+    """Median and quartiles.
+
+    Example:
+        >>> summarize([5.0, 1.0, 2.0, 4.0, 3.0])
+        Timing(median=3.0, low=2.0, high=4.0, rounds=5)
+    """
+    if len(seconds) == 1:
+        return Timing(seconds[0], seconds[0], seconds[0], 1)
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(median, low, high, len(seconds))
+
+
+def interleave(
+    calls: Mapping[str, Call], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
+    """Time all calls in turn, round after round, so that each meets the same moments.
+
+    One trial decides how often a call is repeated in a turn and in how many rounds it takes part:
+    a slow one in fewer, spread evenly over all. Before the clock starts in a turn the call runs
+    once untimed, so that caches and the allocator are as it left them itself, not as the one
+    before it did (not if it takes longer than a quarter of a second: then that matters little).
+
+    Args:
+        calls: what to time, by name, in the order of a round.
+        seconds: about how long each of them may be timed in all; at least three rounds are run.
+        clock: gives the time in seconds.
+
+    Returns:
+        For each name the time of one call, over the rounds it took part in.
+    """
+    threads = torch.get_num_threads()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        trials = {}
+        for name, call in calls.items():
+            torch.set_num_threads(call.threads or threads)
+            trials[name] = _turn(call.run, 1, clock)
+        shares = {name: _rounds(trial, seconds) for name, trial in trials.items()}
+        total = max(shares.values(), default=0)
+        for turn, (name, call) in itertools.product(range(total), calls.items()):
+            if not _takes_part(turn, shares[name], total):
+                continue
+            torch.set_num_threads(call.threads or threads)
+            if trials[name] < 0.25:
+                call.run()
+            taken[name].append(_turn(call.run, _repeats(trials[name]), clock))
+    finally:
+        torch.set_num_threads(threads)
+        if was_enabled:
+            gc.enable()
+    return {name: summarize(times) for name, times in taken.items()}
+
+
+def _turn(run: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(repeats):
+        run()
+    return (clock() - start) / repeats
+
+
+def _repeats(trial: float) -> int:
+    return max(1, min(1000, round(TURN / max(trial, 1e-9))))
+
+
+def _rounds(trial: float, seconds: float) -> int:
+    turn = trial * (_repeats(trial) + (trial < 0.25))
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(turn, 1e-9))))
+
+
+def _takes_part(turn: int, share: int, total: int) -> bool:
+    """True in `share` of `total` turns, evenly spread.
+
+    Example:
+        >>> [turn for turn in range(10) if _takes_part(turn, 3, 10)]
+        [0, 4, 7]
+    """
+    return turn * share // total != (turn - 1) * share // total
+
+
+def triad(num_elements: int) -> tuple[Callable[[], Tensor], int]:
+    """STREAM's triad, x = y + 3 z in float32 with all of torch's threads, and its bytes.
+
+    The output is reused; counted are two reads and one write, as STREAM does.
+    """
+    x, y, z = (torch.full((num_elements,), float(n)) for n in range(3))
+    return (lambda: torch.add(y, z, alpha=3.0, out=x)), 12 * num_elements
+
+
+@cache
+def last_level_cache() -> int:
+    """Bytes of the largest cache; 32 MiB where the system does not say."""
+    sizes = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes[1:], default=sizes[0])
+
+
+@cache
+def large_triad() -> tuple[Callable[[], Tensor], int]:
+    """The triad on arrays of four times the last-level cache each, made once."""
+    return triad(last_level_cache())
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on: processor, cache, memory, threads, and who hands out the memory."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "last_level_cache": last_level_cache(),
+        "memory": _memory(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "allocator": allocator(),
+        "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
+    }
+
+
+_SETTINGS = (
+    "OMP_NUM_THREADS",
+    "MALLOC_CONF",
+    "GLIBC_TUNABLES",
+    "MALLOC_MMAP_THRESHOLD_",
+    "THP_MEM_ALLOC_ENABLE",
+)
+
+
+def allocator() -> str:
+    """What is preloaded, by file name, or else the C library."""
+    preloaded = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    if preloaded:
+        return " ".join(Path(path).name for path in preloaded)
+    return " ".join(platform.libc_ver()).strip() or platform.system()
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Of Python, of this library, of what it stands on, and of those of `packages` found here."""
+    found = {"python": platform.python_version()}
+    for name in ("minrnn", "torch", "numpy", *packages):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of this library's checkout, "+" behind it if files differ; None outside one."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # a package that is installed inside somebody else's checkout has no commit of its own
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
