@@ -8,9 +8,28 @@ import torch
 from torch.autograd import forward_ad
 
 from minrnn import info, ops
-from minrnn.ops import reference
+from minrnn.ops import reference, scans
 
 OPS = torch.ops.minrnn
+
+
+def _tree_scan(a, b, h0):
+    return scans.blelloch(a, b, h0)
+
+
+def _tree_mingru(k, v, h0):
+    b = torch.sigmoid(k) * torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
+    return scans.blelloch(torch.sigmoid(-k), b, h0)
+
+
+def _tree_minlstm(f, i, v, h0):
+    total = torch.sigmoid(f) + torch.sigmoid(i)
+    b = torch.sigmoid(i) / total * torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
+    return scans.blelloch(torch.sigmoid(f) / total, b, h0)
+
+
+# in float64 and differentiated by autograd: the truth for sequences too long for the loop
+SCANS = {"scan": _tree_scan, "mingru": _tree_mingru, "minlstm": _tree_minlstm}
 
 
 def test_every_operator_has_a_compiled_kernel() -> None:
@@ -93,3 +112,33 @@ def test_forward_mode_is_refused() -> None:
             ops.mingru(dual, v)
         with pytest.raises(NotImplementedError, match="forward-mode derivatives are not supported"):
             ops.scan(k, v, dual[:, 0])
+
+
+@pytest.mark.parametrize("D", [1, 2, 3, 4, 5, 7, 8, 12, 15, 16])
+@pytest.mark.parametrize("name", ["scan", "mingru", "minlstm"])
+def test_long_narrow_rows_match_the_reference(name: str, D: int) -> None:
+    T = 4133
+    gates = [torch.randn(1, T, D, dtype=torch.float64) for _ in range(2 + (name == "minlstm"))]
+    if name == "scan":
+        gates[0] = torch.sigmoid(gates[0])
+    h0, weight, weight_T = torch.randn(1, D).double(), torch.randn(1, T, D), torch.randn(1, D)
+    found = []
+    for kernel, dtype in ((getattr(ops, name), torch.float32), (SCANS[name], torch.float64)):
+        inputs = [x.to(dtype).requires_grad_() for x in (*gates, h0)]
+        h, h_T = kernel(*inputs)
+        loss = (h * weight).sum() + (h_T * weight_T).sum()
+        found.append([h, h_T, *torch.autograd.grad(loss, inputs)])
+    for ours, truth in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=2e-6)
+
+
+def test_narrow_rows_run_backwards_and_in_pieces() -> None:
+    k, v = torch.randn(2, 1, 1000, 3)
+    h, h_T = ops.mingru(k, v)
+    flipped, last = ops.mingru(k.flip(1), v.flip(1), reverse=True)
+    torch.testing.assert_close(flipped.flip(1), h, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(last, h_T, rtol=1e-5, atol=1e-6)
+    _, half = ops.mingru(k[:, :501], v[:, :501])
+    torch.testing.assert_close(
+        ops.mingru(k[:, 501:], v[:, 501:], half)[1], h_T, rtol=1e-5, atol=1e-6
+    )

@@ -97,6 +97,7 @@ struct Activation {
 
 struct Scan {
   static constexpr int num_gates = 2;
+  static constexpr bool has_activations = false;
 
   template <class C>
   static MINRNN_INLINE void coefficients(const C* x, C& a, C& b) {
@@ -117,6 +118,7 @@ struct Scan {
 template <Candidate candidate>
 struct MinGRU {
   static constexpr int num_gates = 2;
+  static constexpr bool has_activations = true;
 
   template <class C>
   static MINRNN_INLINE void coefficients(const C* x, C& a, C& b) {
@@ -143,6 +145,7 @@ struct MinGRU {
 template <Candidate candidate, bool normalized>
 struct MinLSTM {
   static constexpr int num_gates = 3;
+  static constexpr bool has_activations = true;
 
   // What both directions need of the gates: a = keep / sum, i' (or i) = take / sum.
   template <class C>
