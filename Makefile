@@ -8,7 +8,10 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint format figures clean
+# g++ where CXX is not set
+CXX ?= g++
+
+.PHONY: demo test test-slow sanitize lint format figures clean
 
 demo: $(VENV)/ready
 	@test -f runs/plays.txt || { mkdir -p runs && $(BIN)/minrnn data shakespeare runs/plays.txt; }
@@ -24,6 +27,13 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow --timeout 3600
+
+# the kernels alone, without Python or torch
+sanitize:
+	@mkdir -p build
+	$(CXX) -O1 -g -std=c++17 -fno-trapping-math -fsanitize=address,undefined \
+	    -fno-sanitize-recover=all tests/sanitize.cpp -o build/sanitize
+	build/sanitize
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -261,7 +261,9 @@ MINRNN_INLINE void backward(const Sequence<S>& sequence, const S* dh, int64_t dh
                             int64_t h_step, S* const* dx, const int64_t* dx_step,
                             typename Compute<S>::type* __restrict carry) {
   using C = typename Compute<S>::type;
-  const int64_t width = sequence.width, ahead = steps_ahead<S>(width);
+  const int64_t width = sequence.width;
+  if (width == 0) return;
+  const int64_t ahead = steps_ahead<S>(width);
   for (int64_t t = sequence.T - 1; t >= 0; --t) {
     const bool reset = sequence.reset && sequence.reset[t * sequence.reset_step];
     const S* __restrict x0 = sequence.x[0] + t * sequence.x_step[0];

@@ -81,7 +81,7 @@ MINRNN_INLINE bool is_narrow(const Sequence<S>& sequence) {
   // scan has no gates to compute: only its shortest chains gain
   const bool pays = Op::has_activations ? sequence.width < 16 && sequence.width != 8
                                         : sequence.width < 2;
-  bool dense = sequence.reset == nullptr && sequence.T >= 64;
+  bool dense = sequence.reset == nullptr && sequence.T >= 64 && sequence.width > 0;
   for (int gate = 0; gate < Op::num_gates; ++gate) dense &= sequence.x_step[gate] == sequence.width;
   return pays && dense;
 }
