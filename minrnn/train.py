@@ -162,6 +162,7 @@ class _Loop:
         self.model.train()
         self.metrics_path = folder / "metrics.jsonl"
         self.metrics: BinaryIO | None = None
+        self.tracking = False
 
     @property
     def _last(self) -> Path:
@@ -189,6 +190,7 @@ class _Loop:
         self.accelerator.init_trackers(
             "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}}
         )
+        self.tracking = True
 
     def _restore_last(self) -> int:
         """Take up the last save; how long the metrics were then."""
@@ -278,6 +280,7 @@ class _Loop:
         """Close the logs."""
         if self.metrics is not None:
             self.metrics.close()
+        if self.tracking:
             self.accelerator.end_training()
         # Accelerate keeps its settings for the process; the next training may want others
         AcceleratorState._reset_state(reset_partial_state=True)

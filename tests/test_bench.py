@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minrnn import bench
+from minrnn.bench.precision import _SUBJECTS, _inputs, _noise, _truth
 from minrnn.ops import reference, scans
 
 POWERS = [2**n for n in range(1, 11)]
@@ -70,15 +71,15 @@ def test_a_wrong_scan_exceeds_its_tolerance(monkeypatch):
     def slightly_slow(a, b):
         return scans.blelloch(a * (1 + 2**-20), b)
 
-    subject = bench._SUBJECTS["blelloch"]._replace(run=slightly_slow)
-    monkeypatch.setitem(bench._SUBJECTS, "blelloch", subject)
+    subject = _SUBJECTS["blelloch"]._replace(run=slightly_slow)
+    monkeypatch.setitem(_SUBJECTS, "blelloch", subject)
     wrong = bench.precision(quick=True, algorithms=["blelloch"])
     assert [row for row in wrong if row.error <= row.tolerance] == []
 
 
 def test_nan_is_an_infinite_error(monkeypatch):
-    subject = bench._SUBJECTS["blelloch"]._replace(run=lambda a, b: (b * torch.nan, b))
-    monkeypatch.setitem(bench._SUBJECTS, "blelloch", subject)
+    subject = _SUBJECTS["blelloch"]._replace(run=lambda a, b: (b * torch.nan, b))
+    monkeypatch.setitem(_SUBJECTS, "blelloch", subject)
     [row] = bench.precision(lengths=[4], gate_means=[0.0], algorithms=["blelloch"])
     assert isinf(row.error)
 
@@ -86,9 +87,9 @@ def test_nan_is_an_infinite_error(monkeypatch):
 @pytest.mark.parametrize("recurrence", ["scan", "mingru", "minlstm"])
 def test_truth_is_the_reference_bit_for_bit(recurrence):
     # three pieces, the last one short
-    inputs = bench._inputs(recurrence, bench._noise(600), 0.0, torch.float32)
+    inputs = _inputs(recurrence, _noise(600), 0.0, torch.float32)
     whole = getattr(reference, recurrence)(*[x.double() for x in inputs])[0]
-    assert torch.equal(bench._truth(recurrence, inputs), whole)
+    assert torch.equal(_truth(recurrence, inputs), whole)
 
 
 def test_printed_table_is_aligned(rows, capsys):
@@ -128,8 +129,8 @@ def test_blelloch_cost_of_any_length(T):
 
 
 def test_unpriced_operation_is_refused(monkeypatch):
-    subject = bench._SUBJECTS["sequential"]._replace(run=lambda a, b: (torch.sinh(b), b))
-    monkeypatch.setitem(bench._SUBJECTS, "sequential", subject)
+    subject = _SUBJECTS["sequential"]._replace(run=lambda a, b: (torch.sinh(b), b))
+    monkeypatch.setitem(_SUBJECTS, "sequential", subject)
     with pytest.raises(ValueError, match="no price is known for the operation 'sinh'"):
         bench.cost("sequential", 2)
 

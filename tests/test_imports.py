@@ -23,9 +23,10 @@ STOREYS = [
     {"data", "losses"},
     {"checkpoint", "tasks", "train_config"},
     {"train", "stream", "interrupts"},
-    {"plots", "progress", "bench", "recipes"},
+    {"plots", "progress", "recipes"},
     {"runs"},
     {"info"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -165,6 +165,7 @@ def machine() -> dict[str, Any]:
         "memory": _memory(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "allocator": allocator(),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
 

@@ -6,8 +6,9 @@ layout that it wants before the clock starts: a transposition is not held agains
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from minrnn import ops
 from minrnn.bench.truth import coefficients, recurrence64
 from minrnn.layers import MinGRU, MinLSTM
+from minrnn.ops.scans import log_space
 
 # exact versions, as in the extra `bench` of pyproject.toml; jax is left to who wants it
 REQUIREMENTS = {
@@ -95,11 +97,6 @@ def bind_torch(
     return Calls(forward, both, read)
 
 
-def bind_channels_first(run: Callable[..., Tensor], gates: Sequence[Tensor], dh: Tensor) -> Calls:
-    """Calls of a function that takes (B, D, T)."""
-    return bind_torch(run, gates, dh, transposed=True)
-
-
 def bind_jax(run: Callable[..., Any], gates: Sequence[Tensor], dh: Tensor) -> Calls:
     """Calls of a function of jax arrays, compiled by `jax.jit` and waited for."""
     jax = require("jax", "jax")
@@ -130,7 +127,8 @@ class Scan:
     name: str
     load: Callable[[], Callable[..., Any]]
     """imports what it needs, and gives a function of the gates that returns h"""
-    bind: Callable[[Callable[..., Any], Sequence[Tensor], Tensor], Calls] = bind_torch
+    bind: Callable[..., Calls] = bind_torch
+    """(that function, gates, dh) -> what is timed"""
     max_steps: int = 1 << 62
     """a longer T is not tried: it would take minutes, or more memory than there is"""
     log_space: bool = False
@@ -146,40 +144,30 @@ def step_loop(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(states, dim=1)
 
 
-def log_space_scan(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Heinsen 2023, arXiv:2311.06281: two cumulative sums of logarithms."""
-    A = log_a.cumsum(dim=1)
-    return torch.exp(A + torch.logcumsumexp(log_b - A, dim=1))
-
-
-def log_space_cell(*gates: Tensor) -> Tensor:
+def log_space_cell(*inputs: Tensor) -> Tensor:
     """The cell of two gates (minGRU) or three (minLSTM) as the public minGRUs evaluate it.
 
     Feng et al. 2024, arXiv:2410.01201, appendix B: logarithms of the gates by softplus.
     """
-    *gates, v = gates
+    *gates, v = inputs
     k = gates[0] if len(gates) == 1 else F.softplus(-gates[0]) - F.softplus(-gates[1])
     log_candidate = torch.where(v >= 0, torch.log(F.relu(v) + 0.5), -F.softplus(-v))
-    return log_space_scan(-F.softplus(k), -F.softplus(-k) + log_candidate)
+    A = -F.softplus(k).cumsum(dim=1)
+    return torch.exp(A + torch.logcumsumexp(log_candidate - F.softplus(-k) - A, dim=1))
 
 
 def scans_of(recurrence: str) -> list[Scan]:
     """All that compute `recurrence` ("scan", "mingru" or "minlstm"), ours first.
 
-    The cells have only the log-space form of their own; of the other scans those take part that
-    are the fastest, behind gates in plain torch.
+    Beside the log-space form of a cell, the fastest of the scans stand behind gates in plain torch.
     """
     op = getattr(ops, recurrence)
     ours = Scan(OURS, lambda: lambda *gates: op(*gates)[0])
     if recurrence == "scan":
-        log = Scan("log space", lambda: lambda a, b: log_space_scan(a.log(), b.log()))
-        return [ours, *_SCANS, _as_log_space(log)]
+        return [ours, *_SCANS]
     cells = [_behind_gates(recurrence, scan) for scan in _SCANS if scan.name in _FAST]
-    return [ours, _as_log_space(Scan("log space", lambda: log_space_cell)), *cells]
-
-
-def _as_log_space(scan: Scan) -> Scan:
-    return Scan(scan.name, scan.load, max_steps=1 << 20, log_space=True)
+    log = Scan("log space", lambda: log_space_cell, max_steps=1 << 20, log_space=True)
+    return [ours, log, *cells]
 
 
 def _behind_gates(recurrence: str, scan: Scan) -> Scan:
@@ -196,14 +184,6 @@ def _load_mambapy() -> Callable[..., Tensor]:
     pscan = require("mambapy", "mambapy.pscan").pscan
     # its fourth axis is the state of Mamba, here of size 1
     return lambda a, b: pscan(a[..., None], b[..., None])[..., 0]
-
-
-def _load_assoc_scan() -> Callable[..., Tensor]:
-    return require("assoc-scan", "assoc_scan").AssocScan()
-
-
-def _load_accelerated_scan() -> Callable[..., Tensor]:
-    return require("accelerated-scan", "accelerated_scan.ref").scan
 
 
 def _load_mingru_scans() -> Callable[..., Tensor]:
@@ -249,12 +229,17 @@ def _load_jax_associative_scan() -> Callable[..., Any]:
 
 _SCANS = (
     Scan("mambapy pscan", _load_mambapy),
-    Scan("assoc-scan", _load_assoc_scan),
-    Scan("accelerated-scan ref", _load_accelerated_scan, bind_channels_first),
+    Scan("assoc-scan", lambda: require("assoc-scan", "assoc_scan").AssocScan()),
+    Scan(
+        "accelerated-scan ref",
+        lambda: require("accelerated-scan", "accelerated_scan.ref").scan,
+        partial(bind_torch, transposed=True),
+    ),
     Scan("mingru-scans linear_scan", _load_mingru_scans, max_steps=1 << 20),
     Scan("torch associative_scan", _load_torch_scan),
     Scan("jax.lax.scan", _load_jax_scan, bind_jax),
     Scan("jax.lax.associative_scan", _load_jax_associative_scan, bind_jax),
+    Scan("log space", lambda: lambda a, b: log_space(a, b)[0], max_steps=1 << 20, log_space=True),
     Scan("step loop in Python", lambda: step_loop, max_steps=1 << 14),
 )
 _FAST = ("mambapy pscan", "assoc-scan", "step loop in Python")
@@ -280,8 +265,7 @@ class Layer:
     name: str
     build: Callable[[int], Built]
     family: str
-    """"gru" or "lstm": whom it is compared with"""
-    max_steps: int = 1 << 62
+    """gru or lstm: whom it is compared with"""
     own_truth: bool = False
     """held to itself in float64, for want of another definition"""
     log_space: bool = False
@@ -309,17 +293,18 @@ def _first(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)[0]
 
 
-def _alone(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x)
-
-
 def _torch_layer(kind: type[nn.GRU] | type[nn.LSTM]) -> Callable[[int], Built]:
     return lambda width: Built(kind(width, width, batch_first=True), _first, _first)
 
 
-def _our_truth(module: Any, x: Tensor) -> Tensor:
+def our_gates(module: Any, x: Tensor) -> tuple[str, Sequence[Tensor]]:
+    """The recurrence of a `MinGRU` or `MinLSTM`, and its gates for x."""
     gates = F.linear(x, module.weight_ih_l0, module.bias_ih_l0).chunk(module.num_gates, dim=-1)
-    return recurrence64("mingru" if module.num_gates == 2 else "minlstm", gates)
+    return "mingru" if module.num_gates == 2 else "minlstm", gates
+
+
+def _our_truth(module: Any, x: Tensor) -> Tensor:
+    return recurrence64(*our_gates(module, x))
 
 
 def _our_layer(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[int], Built]:
@@ -330,13 +315,16 @@ def _our_loop(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[int], Built]:
     """Our layer's equation, its projection in one piece and its recurrence step by step."""
 
     def run(module: Any, x: Tensor) -> Tensor:
-        gates = F.linear(x, module.weight_ih_l0, module.bias_ih_l0).chunk(module.num_gates, dim=-1)
-        return step_loop(*coefficients("mingru" if module.num_gates == 2 else "minlstm", gates))
+        return step_loop(*coefficients(*our_gates(module, x)))
 
     return lambda width: Built(kind(width, width, batch_first=True), run, _our_truth)
 
 
-def _cell_loop(kind: type[nn.GRUCell] | type[nn.LSTMCell]) -> Callable[[int], Built]:
+def _cell_loop(
+    kind: type[nn.GRUCell] | type[nn.LSTMCell], whole: type[nn.GRU] | type[nn.LSTM]
+) -> Callable[[int], Built]:
+    """A cell of torch, step by step, held to the layer of torch with its weights."""
+
     def run(module: nn.Module, x: Tensor) -> Tensor:
         state, states = None, []
         for x_t in x.unbind(1):
@@ -344,7 +332,12 @@ def _cell_loop(kind: type[nn.GRUCell] | type[nn.LSTMCell]) -> Callable[[int], Bu
             states.append(state if isinstance(state, Tensor) else state[0])
         return torch.stack(states, dim=1)
 
-    return lambda width: Built(kind(width, width), run, run)
+    def truth(module: nn.Module, x: Tensor) -> Tensor:
+        weights: dict[str, Tensor] = {f"{n}_l0": w for n, w in module.named_parameters()}
+        layer = whole(x.shape[2], x.shape[2], batch_first=True)
+        return torch.func.functional_call(layer, weights, (x,))[0]
+
+    return lambda width: Built(kind(width, width), run, truth)
 
 
 def _mingru_pytorch(width: int) -> Built:
@@ -354,7 +347,7 @@ def _mingru_pytorch(width: int) -> Built:
         v, k = module.to_hidden_and_gate(x).chunk(2, dim=-1)
         return recurrence64("mingru", [k, v])
 
-    return Built(layer, _alone, truth)
+    return Built(layer, nn.Module.__call__, truth)
 
 
 def _minlstm_pytorch(width: int) -> Built:
@@ -364,7 +357,7 @@ def _minlstm_pytorch(width: int) -> Built:
         v, f, i = module.to_hidden_and_f_i_gate(x).chunk(3, dim=-1)
         return recurrence64("minlstm", [f, i, v])
 
-    return Built(layer, _alone, truth)
+    return Built(layer, nn.Module.__call__, truth)
 
 
 def _mingru_scans(width: int) -> Built:
@@ -376,7 +369,7 @@ def _mingru_scans(width: int) -> Built:
         first = torch.cat([b[:, :1] + 0.5 * a[:, :1], b[:, 1:]], dim=1)
         return recurrence64("scan", [a, first])
 
-    return Built(layer, _alone, truth)
+    return Built(layer, nn.Module.__call__, truth)
 
 
 def _signed_mingru(width: int) -> Built:
@@ -386,7 +379,7 @@ def _signed_mingru(width: int) -> Built:
         b = torch.sigmoid(module.linear_z(x)) * module.linear_h(x)
         return recurrence64("scan", [torch.tanh(module.linear_s(x)), b])
 
-    return Built(layer, _alone, truth)
+    return Built(layer, nn.Module.__call__, truth)
 
 
 LAYERS = (
@@ -395,16 +388,11 @@ LAYERS = (
     Layer("minGRU-pytorch minGRU", _mingru_pytorch, "gru", log_space=True),
     Layer("mingru-scans MinGRU", _mingru_scans, "gru", log_space=True),
     Layer("mingru-scans SignedMinGRU", _signed_mingru, "gru"),
-    Layer("loop of nn.GRUCell", _cell_loop(nn.GRUCell), "gru", own_truth=True, loop=True),
+    Layer("loop of nn.GRUCell", _cell_loop(nn.GRUCell, nn.GRU), "gru", loop=True),
     Layer("loop of minGRU steps", _our_loop(MinGRU), "gru", loop=True),
     Layer("MinLSTM", _our_layer(MinLSTM), "lstm"),
     Layer("nn.LSTM", _torch_layer(nn.LSTM), "lstm", own_truth=True),
     Layer("minGRU-pytorch minLSTM", _minlstm_pytorch, "lstm", log_space=True),
-    Layer("loop of nn.LSTMCell", _cell_loop(nn.LSTMCell), "lstm", own_truth=True, loop=True),
+    Layer("loop of nn.LSTMCell", _cell_loop(nn.LSTMCell, nn.LSTM), "lstm", loop=True),
     Layer("loop of minLSTM steps", _our_loop(MinLSTM), "lstm", loop=True),
 )
-
-
-def named(layers: Sequence[Layer], *, family: str, loops: bool) -> Iterator[Layer]:
-    """The layers of a family, without loops in Python or with them; ours is the first."""
-    return (layer for layer in layers if layer.family == family and (loops or not layer.loop))

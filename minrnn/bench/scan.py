@@ -1,0 +1,90 @@
+"""How near are the operators to the bandwidth of the memory, and how far are the others?"""
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from minrnn.bench import measure, peers, truth
+from minrnn.bench.compare import HERE, STREAM, Checked, Entrant, Table, check, timed_rows
+from minrnn.bench.measure import BOTH_BYTES, FORWARD_BYTES, Call
+
+# (B, T, D): wide, long, longer; and so few channels that only time is left to share out
+SHAPES = ((16, 256, 768), (2, 4096, 256), (1, 16384, 128), (1, 1 << 22, 1), (1, 1 << 20, 8))
+# from 32 MiB on glibc takes fresh pages for every output: ours beside one addition of that size
+FRESH_SHAPES = ((64, 256, 768), (8, 4096, 256), (1, 65536, 128))
+QUICK_SHAPES = ((2, 1024, 256), (1, 1 << 14, 8))
+RECURRENCES = ("scan", "mingru", "minlstm")
+ADDITION = "torch.add, new output"
+SECONDS, QUICK_SECONDS = 2.0, 0.1
+
+
+def measured(quick: bool = False) -> Iterator[Table]:
+    """Tables of `scan`, `mingru`, `minlstm`: forward, and forward with backward, at each shape.
+
+    Args:
+        quick: fewer and smaller shapes, fewer rounds.
+    """
+    seconds = QUICK_SECONDS if quick else SECONDS
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        for recurrence in RECURRENCES:
+            yield from _tables(recurrence, shape, seconds, others=True)
+    for shape in () if quick else FRESH_SHAPES:
+        for recurrence in RECURRENCES:
+            yield from _tables(recurrence, shape, seconds, others=False)
+
+
+def _tables(
+    recurrence: str, shape: tuple[int, int, int], seconds: float, others: bool
+) -> Iterator[Table]:
+    *gates, dh = truth.inputs(recurrence, shape)
+    answer = cache(lambda: truth.answer(recurrence, gates, dh))
+    checked = {}
+    for scan in peers.scans_of(recurrence) if others else peers.scans_of(recurrence)[:1]:
+        checked[scan.name] = _check(scan, gates, dh, answer)
+    answer.cache_clear()
+    ours = checked[peers.OURS].calls
+    for pass_, each in (("forward", FORWARD_BYTES), ("forward + backward", BOTH_BYTES)):
+        forward = pass_ == "forward"
+
+        def pick(calls: peers.Calls, threads: int = 0, forward: bool = forward) -> Call:
+            return Call(calls.forward if forward else calls.both, threads)
+
+        yardsticks, num_bytes = _yardsticks(gates[0], addition=forward)
+        if ours is not None:
+            yardsticks[f"{peers.OURS}, 1 thread"] = pick(ours, 1)
+            yardsticks[f"{HERE}, 1 thread"] = Call(yardsticks[HERE].run, 1)
+        moved = {name: each[recurrence] * gates[0].numel() for name in checked}
+        moved |= num_bytes | {f"{peers.OURS}, 1 thread": moved[peers.OURS]}
+        rows = timed_rows(checked, pick, yardsticks, moved, seconds)
+        yield Table(f"{recurrence} {pass_}", shape, "ms", rows)
+
+
+def _check(
+    scan: peers.Scan, gates: list[Tensor], dh: Tensor, answer: Callable[[], list[Tensor]]
+) -> Checked:
+    T = dh.shape[1]
+    if scan.max_steps < T:
+        return Checked(None, None, f"not tried beyond T = {scan.max_steps:,}")
+    load64 = None
+    if scan.log_space:
+        load64 = partial(_load, scan, [x.double() for x in gates], dh.double())
+    return check(Entrant(scan.name, partial(_load, scan, gates, dh), answer, load64))
+
+
+def _load(scan: peers.Scan, gates: list[Tensor], dh: Tensor) -> peers.Calls:
+    return scan.bind(scan.load(), gates, dh)
+
+
+def _yardsticks(like: Tensor, addition: bool) -> tuple[dict[str, Call], dict[str, int]]:
+    """The triads, and the plainest operation that allocates its output, with their bytes."""
+    stream, stream_bytes = measure.large_triad()
+    here, here_bytes = measure.triad(like.numel())
+    calls = {STREAM: Call(stream), HERE: Call(here)}
+    num_bytes = {STREAM: stream_bytes, HERE: here_bytes, f"{HERE}, 1 thread": here_bytes}
+    if addition:
+        x, y = torch.ones_like(like), torch.ones_like(like)
+        calls[ADDITION] = Call(lambda: torch.add(x, y))
+        num_bytes[ADDITION] = FORWARD_BYTES["add"] * like.numel()
+    return calls, num_bytes
