@@ -15,10 +15,6 @@
 
 #include "narrow.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 // One build for every x86-64 machine: the loader picks the widest vectors it has.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MULTI_ISA __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -213,21 +209,6 @@ void for_each_block(const Layout& layout, int64_t T, int64_t D, const F& f) {
   torch::stable::parallel_for(0, rows * blocks, std::max<int64_t>(1, rows * blocks / threads), run);
 }
 
-// A new tensor (B, T, D). Large ones ask for huge pages: the first touch of fresh small pages costs
-// several times what the kernels do (measured in docs/results.md).
-Tensor output(const Tensor& like, int64_t B, int64_t T, int64_t D) {
-  Tensor made = torch::stable::new_empty(like, {B, T, D});
-#ifdef __linux__
-  constexpr uintptr_t page = 1 << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(made.mutable_data_ptr());
-  const uintptr_t end = begin + made.numel() * made.element_size();
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  // advice only: where it is refused, small pages serve
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return made;
-}
-
 ScalarType state_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -258,7 +239,7 @@ std::tuple<Tensor, Tensor> run_forward(Formula formula, std::vector<Tensor> gate
   const int64_t B = gates[0].size(0), T = gates[0].size(1), D = gates[0].size(2);
   const int64_t rows = layout.num_sequences();
   const MaybeTensor before = as_state(h0, dtype, rows, D);
-  Tensor h = output(gates[0], B, T, D);
+  Tensor h = torch::stable::new_empty(gates[0], {B, T, D});
   Tensor h_T = torch::stable::new_empty(gates[0], {rows, D}, state_type(dtype));
   with_type(dtype, [&](auto type) {
     using S = decltype(type);
@@ -294,7 +275,7 @@ std::vector<Tensor> run_backward(Formula formula, const Tensor& dh, const Tensor
   Tensor carry = torch::stable::clone(*later);
   std::vector<Tensor> grads;
   for (int gate = 0; gate < num_gates; ++gate)
-    grads.push_back(output(h, B, T, D));
+    grads.push_back(torch::stable::new_empty(h, {B, T, D}));
   with_type(dtype, [&](auto type) {
     using S = decltype(type);
     using C = typename Compute<S>::type;
