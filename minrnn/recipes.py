@@ -60,7 +60,7 @@ RECIPES: dict[RecipeName, TextConfig] = {
         valid_limit=32_768,
         model=ModelConfig(width=128, num_layers=2, dropout=0.0),
         train=TrainConfig(
-            steps=800,
+            steps=1200,
             batch_size=32,
             learning_rate=4e-3,
             min_learning_rate=4e-4,
