@@ -68,7 +68,9 @@ def _sweeps() -> tuple[list[list[tuple[float, float]]], list[list[float]]]:
     before = [torch.tensor([[[EXAMPLE_H0]]])]
     for row in reversed(rows[:-1]):
         before.append(scans._down(row, before[-1]))
-    levels = [[*zip(row.a.flatten().tolist(), row.b.flatten().tolist())] for row in rows]  # noqa: B905
+    levels = [
+        [*zip(row.a.flatten().tolist(), row.b.flatten().tolist(), strict=True)] for row in rows
+    ]
     return levels, [x.flatten().tolist() for x in reversed(before)]
 
 

@@ -103,15 +103,21 @@ def test_bytes_that_must_move() -> None:
 
 def _entrant(run, **options) -> Entrant:
     *gates, dh = truth.inputs("scan", SHAPE)
-    answer = lambda: truth.answer("scan", gates, dh)  # noqa: E731
-    return Entrant("peer", lambda: peers.bind_torch(run, gates, dh), answer, **options)
+    return Entrant(
+        "peer",
+        lambda: peers.bind_torch(run, gates, dh),
+        lambda: truth.answer("scan", gates, dh),
+        **options,
+    )
 
 
 def test_a_wrong_competitor_gets_no_time() -> None:
-    late = lambda a, b: peers.step_loop(a, b) * 1.001  # noqa: E731
-    detached = lambda a, b: peers.step_loop(a, b) + 0 * a - (b - b.detach()) / 100  # noqa: E731
-    nan = lambda a, b: peers.step_loop(a, b) * torch.nan  # noqa: E731
-    for run in (late, detached, nan):
+    for run in (
+        lambda a, b: peers.step_loop(a, b) * 1.001,
+        # right values, wrong gradient
+        lambda a, b: peers.step_loop(a, b) + 0 * a - (b - b.detach()) / 100,
+        lambda a, b: peers.step_loop(a, b) * torch.nan,
+    ):
         checked = compare.check(_entrant(run))
         assert checked.calls is None
         assert checked.note.startswith("wrong: ")
@@ -133,7 +139,10 @@ def test_a_competitor_that_raises_ends_nothing() -> None:
 
 def test_log_space_is_held_to_float64_as_well() -> None:
     *gates, dh = truth.inputs("scan", SHAPE)
-    rough = lambda a, b: peers.step_loop(a, b) * 1.01  # noqa: E731
+
+    def rough(a, b):
+        return peers.step_loop(a, b) * 1.01
+
     wide = [x.double() for x in gates]
 
     def load64(run):
