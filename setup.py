@@ -44,7 +44,7 @@ setup(
         Extension(
             "minrnn.ops._native",
             ["minrnn/ops/cpu/register.cpp"],
-            depends=[f"minrnn/ops/cpu/{name}.h" for name in ("kernels", "narrow", "vector_math")],
+            depends=[str(path) for path in Path("minrnn/ops/cpu").glob("*.h")],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             libraries=["torch", "torch_cpu", "c10"],
             extra_compile_args=["/O2", "/std:c++17"]

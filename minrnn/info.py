@@ -10,8 +10,8 @@ import torch
 import minrnn
 from minrnn import checkpoint, runs
 from minrnn.data import text as text_data
+from minrnn.ops.operators import OPERATORS
 
-_OPERATORS = ("scan", "mingru", "minlstm")
 _DEVICES = ("CPU", "CUDA", "MPS")
 
 
@@ -22,7 +22,7 @@ def kernels() -> dict[str, dict[str, str]]:
         >>> kernels()["CPU"]["scan"] in ("pure torch", "compiled")
         True
     """
-    names = [f"{name}{suffix}" for name in _OPERATORS for suffix in ("", "_backward")]
+    names = [f"{op.name}{suffix}" for op in OPERATORS for suffix in ("", "_backward")]
     return {device: {name: _kernel(name, device) for name in names} for device in _DEVICES}
 
 

@@ -176,8 +176,7 @@ class MinGRU(_MinimalRNN):
     def _recur(
         self, gates: Tensor, h0: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        k, v = gates.chunk(2, dim=-1)
-        return ops.mingru(k, v, h0, candidate=self.candidate, reset=reset)
+        return ops.mingru_fused(gates, h0, self.candidate, reset)
 
 
 class MinLSTM(_MinimalRNN):
@@ -286,9 +285,7 @@ class MinLSTM(_MinimalRNN):
     def _recur(
         self, gates: Tensor, h0: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        f, i, v = gates.chunk(3, dim=-1)
-        options = {"candidate": self.candidate, "normalized": self.normalized}
-        return ops.minlstm(f, i, v, h0, reset=reset, **options)
+        return ops.minlstm_fused(gates, h0, self.candidate, self.normalized, reset)
 
 
 def _bounds(fan_in: int) -> tuple[float, float]:

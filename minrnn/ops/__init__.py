@@ -1,23 +1,17 @@
-"""The three recurrences as torch operators: `scan`, `mingru`, `minlstm`.
+"""The three recurrences on tensors: `scan`, `mingru`, `minlstm`.
 
 Axes, here and in every file below: B batch, T time, D channels, N sequences laid end to end in
 one row. Letters: k gate before its sigmoid, v candidate, f and i forget and input gate before
 theirs, a and b the coefficients of `scan`, h the states, h0 the one before the first step, h_T the
 one after the last; a d in front is a gradient.
 
-Each operator is defined once as `minrnn::name` and `minrnn::name_backward`. torch's dispatcher
-picks the kernel: pure torch serves every device, a compiled kernel takes over where there is one.
+Here they are described and their arguments checked; `operators.py` defines them for torch.
 """
-
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from minrnn.ops import torch_kernels
+from minrnn.ops import operators as operators  # defines torch.ops.minrnn
 from minrnn.ops.checks import check_gates, check_layout
 
 __all__ = ["mingru", "minlstm", "scan"]
@@ -179,118 +173,22 @@ def minlstm(
     return torch.ops.minrnn.minlstm(f, i, v, h0, candidate, normalized, reset, cu_seqlens, reverse)
 
 
-# Operators: schema, pure-torch kernel, shapes, gradient. The forward operators share one layout of
-# arguments: gates (Tensor ...), h0, options, reset, cu_seqlens, reverse.
+def mingru_fused(
+    gates: Tensor, h0: Tensor | None, candidate: str, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`mingru` over k and v side by side in one tensor (B, T, 2 * D), as one projection gives them.
 
-_GATES = {"scan": "a b", "mingru": "k v", "minlstm": "f i v"}
-_OPTIONS = {"scan": "", "mingru": "str candidate, ", "minlstm": "str candidate, bool normalized, "}
-# what the gradient reads besides h0 and h: scan's b only adds
-_SAVED = {"scan": "a", "mingru": "k v", "minlstm": "f i v"}
-_LAYOUT = "Tensor? reset, Tensor? cu_seqlens, bool reverse"
-
-_library = torch.library.Library("minrnn", "DEF")
-
-
-def _define(name: str) -> None:
-    num_gates, num_saved = len(_GATES[name].split()), len(_SAVED[name].split())
-    tensors = ", ".join(f"Tensor {gate}" for gate in _GATES[name].split())
-    saved = ", ".join(f"Tensor {gate}" for gate in _SAVED[name].split())
-    options = _OPTIONS[name] + _LAYOUT
-    grads = ", ".join(["Tensor"] * (num_gates + 1))
-    tag = torch.Tag.pt2_compliant_tag
-    _library.define(f"{name}({tensors}, Tensor? h0, {options}) -> (Tensor, Tensor)", tags=(tag,))
-    _library.define(
-        f"{name}_backward(Tensor dh, Tensor dh_T, {saved}, Tensor? h0, Tensor h, {options})"
-        f" -> ({grads})",
-        tags=(tag,),
-    )
-    forward = getattr(torch_kernels, name)
-    backward = getattr(torch_kernels, f"{name}_backward")
-    _library.impl(name, _contiguous(forward), "CompositeExplicitAutograd")
-    _library.impl(f"{name}_backward", _contiguous(backward), "CompositeExplicitAutograd")
-
-    def forward_shapes(*args: Any) -> tuple[Tensor, Tensor]:
-        gate, h0, cu_seqlens = args[0], args[num_gates], args[-2]
-        rows = gate.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
-        h = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        assert h0 is None or h0.shape[0] == rows
-        return h, gate.new_empty(rows, gate.shape[2], dtype=state_dtype)
-
-    def backward_shapes(dh: Tensor, dh_T: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        gate, h0 = args[0], args[num_saved]
-        grads = [torch.empty_like(gate, memory_format=torch.contiguous_format)] * num_gates
-        dtype = dh_T.dtype if h0 is None else h0.dtype
-        return *[torch.empty_like(g) for g in grads], torch.empty_like(dh_T, dtype=dtype)
-
-    torch.library.register_fake(f"minrnn::{name}", forward_shapes, lib=_library)
-    torch.library.register_fake(f"minrnn::{name}_backward", backward_shapes, lib=_library)
-    _register_gradient(name, num_gates, num_saved)
-    _register_second_gradient(name, backward)
+    The gradient comes in one tensor, too: nothing is cut or joined by a copy. For the layers.
+    """
+    check_gates({"gates": gates}, candidate)
+    check_layout(gates, h0, reset, None, fused=2)
+    return torch.ops.minrnn.mingru_fused(gates, h0, candidate, reset, None, False)
 
 
-def _contiguous(kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """`kernel` with contiguous results, whatever the strides of its inputs: what the fake says."""
-
-    def run(*args: Any) -> tuple[Tensor, ...]:
-        if args[0].device.type == "cpu":
-            # only reached where the compiled kernels are missing
-            warnings.warn("minrnn runs on pure torch: its CPU kernels were not built", stacklevel=1)
-        return tuple(x.contiguous() for x in kernel(*args))
-
-    return run
-
-
-def _register_gradient(name: str, num_gates: int, num_saved: int) -> None:
-    """The gradient of `minrnn::name` is one call of `minrnn::name_backward`."""
-    backward_op = getattr(torch.ops.minrnn, f"{name}_backward")
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        h0, *options, reset, cu_seqlens, ctx.reverse = inputs[num_gates:]
-        ctx.options = options
-        ctx.save_for_backward(*inputs[:num_saved], h0, output[0], reset, cu_seqlens)
-
-    def backward(ctx: Any, dh: Tensor, dh_T: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, h0, h, reset, cu_seqlens = ctx.saved_tensors
-        layout = (reset, cu_seqlens, ctx.reverse)
-        *grads, dh0 = backward_op(dh, dh_T, *saved, h0, h, *ctx.options, *layout)
-        return *grads, None if h0 is None else dh0, *[None] * (len(ctx.options) + 3)
-
-    torch.library.register_autograd(f"minrnn::{name}", backward, setup_context=setup, lib=_library)
-
-
-def _register_second_gradient(name: str, formula: Callable[..., tuple[Tensor, ...]]) -> None:
-    """The gradient of `minrnn::name_backward` is taken of its formula in pure torch."""
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        floating = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
-        ctx.floating = floating
-        ctx.others = [None if keep else x for x, keep in zip(inputs, floating, strict=True)]
-        ctx.save_for_backward(*[x for x, keep in zip(inputs, floating, strict=True) if keep])
-
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # views, so that differentiation stops at these inputs and not at what they came from
-            views = [x.view_as(x) if again else x.detach() for x in ctx.saved_tensors]
-            inputs = [x if x.requires_grad else x.requires_grad_() for x in views]
-            given = iter(inputs)
-            pairs = zip(ctx.others, ctx.floating, strict=True)
-            outputs = formula(*[next(given) if keep else x for x, keep in pairs])
-            found = torch.autograd.grad(
-                outputs, inputs, grads, create_graph=again, allow_unused=True
-            )
-        left = iter(found)
-        return tuple(next(left) if keep else None for keep in ctx.floating)
-
-    torch.library.register_autograd(
-        f"minrnn::{name}_backward", backward, setup_context=setup, lib=_library
-    )
-
-
-for _name in _GATES:
-    _define(_name)
-
-# the compiled kernels, registered for the CPU by loading them
-for _path in Path(__file__).parent.glob("_native.*"):
-    torch.ops.load_library(_path)
+def minlstm_fused(
+    gates: Tensor, h0: Tensor | None, candidate: str, normalized: bool, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`minlstm` over f, i and v side by side in one tensor (B, T, 3 * D), as `mingru_fused`."""
+    check_gates({"gates": gates}, candidate)
+    check_layout(gates, h0, reset, None, fused=3)
+    return torch.ops.minrnn.minlstm_fused(gates, h0, candidate, normalized, reset, None, False)

@@ -31,10 +31,14 @@ def check_gates(gates: dict[str, Tensor], candidate: str = "g") -> None:
 
 
 def check_layout(
-    x: Tensor, h0: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None
+    x: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    cu_seqlens: Tensor | None,
+    fused: int = 1,
 ) -> None:
-    """`h0`, `reset` and `cu_seqlens` as they must be beside gates of the shape of `x`."""
-    B, T, D = x.shape
+    """`h0`, `reset` and `cu_seqlens` as they must be beside `x`, which holds `fused` gates."""
+    B, T, D = x.shape[0], x.shape[1], x.shape[2] // fused
     rows, rows_name = B, "(B, D)"
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, B, T)

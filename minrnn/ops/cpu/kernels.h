@@ -1,307 +1,386 @@
-// scan, mingru and minlstm, forward and backward, as single passes over memory.
+// scan, mingru and minlstm over time, forward and backward, as single passes over memory.
 //
-// Plain C++ on raw pointers; register.cpp knows torch. One template per direction: time outside,
-// channels inside, the state in a buffer that stays in the first-level cache. What the operators
-// differ in, the coefficients of a step and their derivatives, is a struct each: Scan, MinGRU,
-// MinLSTM. Letters as in minrnn/ops/__init__.py; formulas in docs/equations.md, section 10.
+// Plain C++ on raw pointers; register.cpp knows torch. A sequence is worked through tile by tile, a
+// tile being some 8,000 numbers whose intermediate results stay in the second-level cache:
 //
-// S is the type in memory, C that of arithmetic and state: double for double, else float.
+//   fill    what a step computes from its gates alone: a, b (backward: a, dh, derivatives)
+//   recur   the chain of multiply-adds, tile after tile: the only part that waits for the one before
+//   drain   what is left: rounding h, multiplying the derivatives by g
+//
+// Threads may therefore share one sequence, each taking the next tile: only `recur` goes in turn.
+// It does the same operations in the same order as a loop over single steps, so the result is the
+// same bit for bit, however it was cut; rows narrower than 8 numbers are the exception (compose).
 #pragma once
 
-#include <cstdint>
+#include <atomic>
+#include <cstring>
+#include <thread>
 
-#include "vector_math.h"
+#include "formulas.h"
 
 namespace minrnn {
 
-struct BFloat16 {
-  uint16_t bits;
+constexpr int64_t tile_numbers = 8192;  // (steps, width) of a tile; width is not above it
+constexpr int64_t margin = 48;          // identity steps before and after, for compose
+
+MINRNN_INLINE int64_t tile_steps(int64_t width) {
+  return width > 0 ? tile_numbers / width : tile_numbers;
+}
+
+// Lets the tiles of a sequence run `recur` one after the other.
+struct Turn {
+  std::atomic<int64_t>* done;  // tiles that are through
+  int64_t ticket;              // tiles that go first
+
+  void wait() const {
+    for (int spins = 0; done->load(std::memory_order_acquire) != ticket; ++spins)
+      if (spins > 1000) std::this_thread::yield();
+  }
+  void pass() const { done->store(ticket + 1, std::memory_order_release); }
 };
 
-struct Float16 {
-  uint16_t bits;
-};
-
-MINRNN_INLINE float load(float x) { return x; }
-MINRNN_INLINE double load(double x) { return x; }
-MINRNN_INLINE float load(BFloat16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
-
-MINRNN_INLINE float load(Float16 x) {
-  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, size = uint32_t{x.bits & 0x7fffu};
-  // the exponent's bias differs by 112; multiplying also sets subnormals right
-  const float finite = bits_as<float>(size << 13) * 0x1p112f;
-  const uint32_t special = 0x7f800000u | (size << 13);
-  return bits_as<float>(sign | (size >= 0x7c00u ? special : bits_as<uint32_t>(finite)));
-}
-
-MINRNN_INLINE void store(float& to, float x) { to = x; }
-MINRNN_INLINE void store(double& to, double x) { to = x; }
-
-// To the nearest, ties to even.
-MINRNN_INLINE void store(BFloat16& to, float x) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
-}
-
-MINRNN_INLINE void store(Float16& to, float x) {
-  const uint32_t bits = bits_as<uint32_t>(x), sign = (bits >> 16) & 0x8000u;
-  const uint32_t size = bits & 0x7fffffffu;
-  // normal: shift the exponent's bias, round at bit 13
-  const uint32_t normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
-  // subnormal: adding 1/2 puts the bits that stay at the lowest end, rounded
-  const uint32_t tiny = bits_as<uint32_t>(bits_as<float>(size) + 0.5f) - 0x3f000000u;
-  uint32_t half = size < (113u << 23) ? tiny : normal;
-  half = size >= 0x477ff000u ? 0x7c00u : half;  // 65520 and more round to infinity
-  half = size > 0x7f800000u ? 0x7e00u : half;
-  to.bits = static_cast<uint16_t>(sign | half);
-}
-
+// Some steps of one sequence and a range of its channels, in the order of processing: for `reverse`,
+// pointers stand at the last step and strides are negative. A step's channels are dense.
 template <class S>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<double> {
-  using type = double;
-};
-
-enum class Candidate { g, identity, tanh };
-
-// The candidate at v, top / bottom, and its slope. At v = 0, g has the slope of its right side.
-template <Candidate candidate, class C>
-struct Activation {
-  C top, bottom;
-
-  MINRNN_INLINE explicit Activation(C v) {
-    bottom = C(1);
-    if constexpr (candidate == Candidate::g) {
-      const C e = exp_nonpositive(-absolute(v));
-      // written so that NaN takes the branch v + 0.5
-      top = v < C(0) ? e : v + C(0.5);
-      bottom = v < C(0) ? C(1) + e : C(1);
-    } else if constexpr (candidate == Candidate::tanh) {
-      top = hyperbolic_tangent(v);
-    } else {
-      top = v;
-    }
-  }
-
-  // From v, the candidate and 1 / bottom.
-  static MINRNN_INLINE C slope(C v, C value, C inverse) {
-    if constexpr (candidate == Candidate::g) return v < C(0) ? value * inverse : C(1);
-    if constexpr (candidate == Candidate::tanh) return C(1) - value * value;
-    return C(1);
-  }
-};
-
-struct Scan {
-  static constexpr int num_gates = 2;
-  static constexpr bool has_activations = false;
-
-  template <class C>
-  static MINRNN_INLINE void coefficients(const C* x, C& a, C& b) {
-    a = x[0];
-    b = x[1];
-  }
-
-  // From g, the gradient of the state after the step, and p, the state before it.
-  template <class C>
-  static MINRNN_INLINE void gradients(const C* x, C g, C p, C* dx, C& a) {
-    a = x[0];
-    dx[0] = g * p;
-    dx[1] = g;
-  }
-};
-
-// Quotients share one division: 1 / (x y) times y is 1 / x.
-template <Candidate candidate>
-struct MinGRU {
-  static constexpr int num_gates = 2;
-  static constexpr bool has_activations = true;
-
-  template <class C>
-  static MINRNN_INLINE void coefficients(const C* x, C& a, C& b) {
-    const Sigmoid<C> z(x[0]);
-    const Activation<candidate, C> value(x[1]);
-    const C scale = C(1) / (z.sum * value.bottom);
-    a = z.shut * value.bottom * scale;
-    b = z.open * value.top * scale;
-  }
-
-  template <class C>
-  static MINRNN_INLINE void gradients(const C* x, C g, C p, C* dx, C& a) {
-    const Sigmoid<C> k(x[0]);
-    const Activation<candidate, C> v(x[1]);
-    const C scale = C(1) / (k.sum * v.bottom);
-    const C inverse = k.sum * scale, value = v.top * inverse;
-    const C z = k.open * v.bottom * scale;
-    a = k.shut * v.bottom * scale;
-    dx[0] = g * (value - p) * z * a;
-    dx[1] = g * z * v.slope(x[1], value, inverse);
-  }
-};
-
-template <Candidate candidate, bool normalized>
-struct MinLSTM {
-  static constexpr int num_gates = 3;
-  static constexpr bool has_activations = true;
-
-  // What both directions need of the gates: a = keep / sum, i' (or i) = take / sum.
-  template <class C>
-  struct Gates {
-    Sigmoid<C> f, i;
-    C keep, take, sum;
-
-    MINRNN_INLINE Gates(C f_, C i_, C lift) : f(f_ + lift), i(i_ + lift) {
-      keep = f.open * i.sum;
-      take = i.open * f.sum;
-      sum = normalized ? keep + take : f.sum * i.sum;
-    }
-  };
-
-  // Normalised gates depend on sigmoid(f) / sigmoid(i) only, and far below 0 that is exp(f - i).
-  // Both are lifted there, so that no finite pair underflows to 0/0.
-  template <class C>
-  static MINRNN_INLINE Gates<C> gates(const C* x) {
-    if (!normalized) return Gates<C>(x[0], x[1], C(0));
-    const C larger = x[0] < x[1] ? x[1] : x[0];
-    return Gates<C>(x[0], x[1], larger < C(-40) ? C(-40) - larger : C(0));
-  }
-
-  template <class C>
-  static MINRNN_INLINE void coefficients(const C* x, C& a, C& b) {
-    const Gates<C> gate = gates(x);
-    const Activation<candidate, C> value(x[2]);
-    const C scale = C(1) / (gate.sum * value.bottom);
-    a = gate.keep * value.bottom * scale;
-    b = gate.take * value.top * scale;
-  }
-
-  template <class C>
-  static MINRNN_INLINE void gradients(const C* x, C g, C p, C* dx, C& a) {
-    const Gates<C> gate = gates(x);
-    const Activation<candidate, C> v(x[2]);
-    const C sums = gate.f.sum * gate.i.sum, rest = gate.sum * v.bottom;
-    const C scale = C(1) / (sums * rest);
-    const C shut_f = gate.f.shut * gate.i.sum * rest * scale;
-    const C shut_i = gate.i.shut * gate.f.sum * rest * scale;
-    const C inverse = sums * gate.sum * scale, value = v.top * inverse;
-    a = gate.keep * v.bottom * sums * scale;
-    const C take = gate.take * v.bottom * sums * scale;
-    if constexpr (normalized) {
-      const C dd = g * (value - p) * a * take;
-      dx[0] = -dd * shut_f;
-      dx[1] = dd * shut_i;
-    } else {
-      dx[0] = g * p * a * shut_f;
-      dx[1] = g * value * take * shut_i;
-    }
-    dx[2] = g * take * v.slope(x[2], value, inverse);
-  }
-};
-
-// One sequence and a range of its channels, in the order of processing: for `reverse`, pointers
-// stand at the last step and strides are negative. A step's channels are dense.
-template <class S>
-struct Sequence {
+struct Stretch {
   using C = typename Compute<S>::type;
 
-  const S* x[3];        // gates (T, width)
-  int64_t x_step[3];    // from one step to the next
-  const bool* reset;    // (T) or null
+  const S* x[3];         // gates (T, width)
+  int64_t x_step[3];     // from one step to the next
+  const bool* reset;     // (T) or null
   int64_t reset_step;
-  const C* h0;          // (width) or null: zeros
   int64_t T, width;
+  const Turn* turn;      // null: nobody else works on this sequence. Else T is one tile at most
 };
 
-// Asks for a row that is read soon: short rows, from the last step to the first, are not what the
-// hardware foresees (measured: 1.6 times as fast with rows of 256 bytes).
-template <class S>
-MINRNN_INLINE void prefetch(const S* row, int64_t width) {
-  for (int64_t c = 0; c < width; c += 64 / sizeof(S)) __builtin_prefetch(row + c);
-}
-
-// How many steps ahead, so that the distance is about 2 kB.
-template <class S>
-MINRNN_INLINE int64_t steps_ahead(int64_t width) {
-  return 1 + 2048 / (width * static_cast<int64_t>(sizeof(S)));
-}
-
-// h_t = a_t * h_{t-1} + b_t. Writes h (T, width) and h_T (width).
-template <class Op, class S>
-MINRNN_INLINE void forward(const Sequence<S>& sequence, S* h, int64_t h_step,
-                           typename Compute<S>::type* __restrict h_T) {
-  using C = typename Compute<S>::type;
-  const int64_t width = sequence.width;
-  for (int64_t c = 0; c < width; ++c) h_T[c] = sequence.h0 ? sequence.h0[c] : C(0);
-  for (int64_t t = 0; t < sequence.T; ++t) {
-    if (sequence.reset && sequence.reset[t * sequence.reset_step])
-      for (int64_t c = 0; c < width; ++c) h_T[c] = C(0);
-    const S* __restrict x0 = sequence.x[0] + t * sequence.x_step[0];
-    const S* __restrict x1 = sequence.x[1] + t * sequence.x_step[1];
-    const S* __restrict x2 = Op::num_gates > 2 ? sequence.x[2] + t * sequence.x_step[2] : x1;
-    S* __restrict h_t = h + t * h_step;
+// `num` rows of a chain; b becomes the states (backward: the gradients g).
+//
+//   s = a * s + b,  b = s          carry: from g = b + s,  b = g,  s = a * g
+template <bool back, bool carry, class C>
+MINRNN_INLINE void rows(const C* a, C* b, int64_t b_step, int64_t num, int64_t width,
+                        const bool* reset, int64_t reset_step, C* __restrict s) {
+  for (int64_t n = 0; n < num; ++n) {
+    const int64_t t = back ? num - 1 - n : n;
+    const bool starts = reset && reset[t * reset_step];
+    for (int64_t c = 0; !back && starts && c < width; ++c) s[c] = C(0);
+    const C* __restrict a_t = a + t * width;
+    C* __restrict b_t = b + t * b_step;
 #pragma GCC ivdep
     for (int64_t c = 0; c < width; ++c) {
-      const C x[3] = {load(x0[c]), load(x1[c]), Op::num_gates > 2 ? load(x2[c]) : C(0)};
-      C a, b;
-      Op::coefficients(x, a, b);
-      const C state = a * h_T[c] + b;
-      h_T[c] = state;
-      store(h_t[c], state);
+      const C value = carry ? b_t[c] + s[c] : a_t[c] * s[c] + b_t[c];
+      b_t[c] = value;
+      s[c] = carry ? a_t[c] * value : value;
+    }
+    for (int64_t c = 0; back && starts && c < width; ++c) s[c] = C(0);
+  }
+}
+
+// The same with s in a register: through memory, a short row would wait for its own last store.
+template <bool back, bool carry, int width, class C>
+MINRNN_INLINE void rows_in_register(const C* a, C* b, int64_t b_step, int64_t num, C* s_) {
+  typedef C Row __attribute__((vector_size(width * sizeof(C))));
+  Row s, x, y;
+  std::memcpy(&s, s_, sizeof(Row));
+  for (int64_t n = 0; n < num; ++n) {
+    const int64_t t = back ? num - 1 - n : n;
+    std::memcpy(&x, a + t * width, sizeof(Row));
+    std::memcpy(&y, b + t * b_step, sizeof(Row));
+    y = carry ? y + s : x * s + y;
+    s = carry ? x * y : y;
+    std::memcpy(b + t * b_step, &y, sizeof(Row));
+  }
+  std::memcpy(s_, &s, sizeof(Row));
+}
+
+// What a tile keeps between fill, recur and drain.
+template <class C>
+struct Chain {
+  C a_[margin + tile_numbers + margin], b_[margin + tile_numbers + margin];
+  C *const a = a_ + margin, *b = b_ + margin;
+  int64_t count = 0, width = 0, lanes = 0, b_step = 0;
+
+  // lanes: how many numbers of the chain are computed side by side. A row of its own if that fills
+  // a vector; else several rows, which compose() makes independent of each other.
+  MINRNN_INLINE void begin(int64_t steps, int64_t width_, bool reset) {
+    b = b_ + margin;
+    width = lanes = b_step = width_;
+    count = steps * width;
+    if (width >= 8 || width == 0 || reset || steps < 64) return;
+    while (lanes < 16) lanes *= 2;
+    for (int64_t i = 0; i < margin; ++i) {
+      a[i - margin] = a[count + i] = C(1);
+      b[i - margin] = b[count + i] = C(0);
+    }
+  }
+
+  // Single steps may be computed where their result goes.
+  template <class S>
+  MINRNN_INLINE bool place_b(S* to, int64_t step) {
+    if constexpr (sizeof(S) == sizeof(C))
+      if (lanes == width) {
+        b = to;
+        b_step = step;
+        return true;
+      }
+    return false;
+  }
+
+  // Makes a and b of each step those of the lanes / width steps that end (backward: begin) with it,
+  // so that a state follows from the one that many steps before: doubled until they are enough, twice
+  // at a time where that is not too much.
+  template <bool back>
+  MINRNN_INLINE void compose() {
+    int64_t d = width;
+    for (; 4 * d <= lanes; d *= 4) compose_with<back, 4>(d);
+    for (; d < lanes; d *= 2) compose_with<back, 2>(d);
+  }
+
+  // Composes each number's step with those d, ... (factor - 1) * d numbers before.
+  template <bool back, int factor>
+  MINRNN_INLINE void compose_with(int64_t d) {
+    constexpr int64_t block = 16;
+    const int64_t blocks = (count + block - 1) / block, other = back ? d : -d;
+    for (int64_t n = 0; n < blocks; ++n) {
+      // the blocks that are read are not overwritten yet
+      const int64_t i = block * (back ? n : blocks - 1 - n);
+      C *const a0 = a + i + (back ? width : 0), *const b0 = b + i;
+      const C *const a1 = a0 + other, *const a2 = a1 + other, *const a3 = a2 + other;
+      const C *const b1 = b0 + other, *const b2 = b1 + other, *const b3 = b2 + other;
+      C p[block], q[block];
+#pragma GCC unroll 1
+      for (int64_t l = 0; l < block; ++l) {
+        p[l] = a0[l] * a1[l];
+        q[l] = a0[l] * b1[l] + b0[l];
+        if (factor == 4) {
+          q[l] = p[l] * (a2[l] * b3[l] + b2[l]) + q[l];
+          p[l] = p[l] * (a2[l] * a3[l]);
+        }
+      }
+      std::memcpy(a0, p, sizeof(p));
+      std::memcpy(b0, q, sizeof(q));
+    }
+  }
+
+  // The chain of single steps.
+  template <bool back>
+  MINRNN_INLINE void walk(const bool* reset, int64_t reset_step, C* state) {
+    const int64_t steps = width ? count / width : 0;
+    if (width == 8 && !reset) {
+      rows_in_register<back, back, 8>(a, b, b_step, steps, state);
+    } else {
+      rows<back, back>(a, b, b_step, steps, width, reset, reset_step, state);
+    }
+  }
+
+  // The chain of composed steps, from g_t = b_t + a_{t+1} * g_{t+1} backward. False if the state
+  // ends infinite or NaN: a product of decays that underflows or overflows can cause that where
+  // single steps do not.
+  template <bool back>
+  MINRNN_INLINE bool leap(C* state) {
+    C s[margin];
+    for (int64_t l = 0; l < lanes; ++l) s[l] = state[l % width];
+    const int64_t num = (count + lanes - 1) / lanes, from = back ? count - num * lanes : 0;
+    const C* const decay = a + (back ? width : 0);
+    if (lanes == 16) {
+      rows_in_register<back, false, 16>(decay + from, b + from, 16, num, s);
+    } else {
+      rows<back, false>(decay + from, b + from, lanes, num, lanes, nullptr, 0, s);
+    }
+    bool finite = true;
+    for (int64_t c = 0; c < width; ++c) {
+      state[c] = back ? a[c] * b[c] : b[count - width + c];
+      finite &= state[c] - state[c] == C(0);
+    }
+    return finite;
+  }
+};
+
+// One tile: `fill` computes a and b, then the chain runs and the state moves on.
+template <bool back, class C, class Fill>
+MINRNN_INLINE void recur(Chain<C>& chain, const bool* reset, int64_t reset_step, C* state,
+                         const Turn* turn, const Fill& fill) {
+  const bool composed = chain.lanes != chain.width;
+  C before[8];
+  for (bool again = false;; again = true) {
+    fill();
+    if (composed && !again) chain.template compose<back>();
+    if (turn && !again) turn->wait();
+    if (!composed || again) {
+      chain.template walk<back>(reset, reset_step, state);
+      break;
+    }
+    for (int64_t c = 0; c < chain.width; ++c) before[c] = state[c];
+    if (chain.template leap<back>(state)) break;
+    for (int64_t c = 0; c < chain.width; ++c) state[c] = before[c];
+  }
+  if (turn) turn->pass();
+}
+
+// The numbers of a tile, line by line: a row each, or pieces where rows follow without gaps.
+struct Pieces {
+  int64_t rows, width;
+  bool dense;
+  static constexpr int64_t piece = 512;
+
+  // Calls f(t, j, count) for `count` numbers from number j of row t on.
+  template <class F>
+  MINRNN_INLINE void for_each(const F& f) const {
+    const int64_t all = rows * width, lines = dense ? (all + piece - 1) / piece : rows;
+    for (int64_t n = 0; n < lines; ++n) {
+      const int64_t j = dense ? n * piece : 0, left = all - j;
+      f(dense ? 0 : n, j, !dense ? width : left < piece ? left : piece);
+    }
+  }
+};
+
+// h_t = a_t * h_{t-1} + b_t for the coefficients themselves, in long rows that no other thread works
+// on: nothing is computed, so buffers would cost more than they save.
+template <class S>
+MINRNN_INLINE void forward_rows(const Stretch<S>& q, S* h, int64_t h_step,
+                                typename Compute<S>::type* __restrict state) {
+  using C = typename Compute<S>::type;
+  for (int64_t t = 0; t < q.T; ++t) {
+    if (q.reset && q.reset[t * q.reset_step])
+      for (int64_t c = 0; c < q.width; ++c) state[c] = C(0);
+    const S* __restrict a = q.x[0] + t * q.x_step[0];
+    const S* __restrict b = q.x[1] + t * q.x_step[1];
+    S* __restrict h_t = h + t * h_step;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < q.width; ++c) {
+      const C next = load(a[c]) * state[c] + load(b[c]);
+      state[c] = next;
+      store(h_t[c], next);
     }
   }
 }
 
-// g_t = dh_t + a_{t+1} * g_{t+1}, from the last step to the first. Writes dx (T, width) for each
-// gate; `carry` (width) holds dh_T on entry and dh0 on return.
+// h_t = a_t * h_{t-1} + b_t. Writes h (T, width); the state (width) moves on.
 template <class Op, class S>
-MINRNN_INLINE void backward(const Sequence<S>& sequence, const S* dh, int64_t dh_step, const S* h,
-                            int64_t h_step, S* const* dx, const int64_t* dx_step,
-                            typename Compute<S>::type* __restrict carry) {
+MINRNN_INLINE void forward(const Stretch<S>& q, S* h, int64_t h_step,
+                           typename Compute<S>::type* state) {
   using C = typename Compute<S>::type;
-  const int64_t width = sequence.width;
-  if (width == 0) return;
-  const int64_t ahead = steps_ahead<S>(width);
-  for (int64_t t = sequence.T - 1; t >= 0; --t) {
-    const bool reset = sequence.reset && sequence.reset[t * sequence.reset_step];
-    const S* __restrict x0 = sequence.x[0] + t * sequence.x_step[0];
-    const S* __restrict x1 = sequence.x[1] + t * sequence.x_step[1];
-    const S* __restrict x2 = Op::num_gates > 2 ? sequence.x[2] + t * sequence.x_step[2] : x1;
-    const S* __restrict dh_t = dh + t * dh_step;
-    const S* __restrict h_before = h + (t - 1) * h_step;
-    S* __restrict dx0 = dx[0] + t * dx_step[0];
-    S* __restrict dx1 = dx[1] + t * dx_step[1];
-    S* __restrict dx2 = Op::num_gates > 2 ? dx[2] + t * dx_step[2] : dx1;
-    const C* __restrict h0 = sequence.h0;
-    if (t >= ahead) {
-      prefetch(x0 - ahead * sequence.x_step[0], width);
-      prefetch(x1 - ahead * sequence.x_step[1], width);
-      if (Op::num_gates > 2) prefetch(x2 - ahead * sequence.x_step[2], width);
-      prefetch(dh_t - ahead * dh_step, width);
-      prefetch(h_before - ahead * h_step, width);
-    }
-    const auto step = [&](int64_t c, C p) MINRNN_LAMBDA {
-      const C x[3] = {load(x0[c]), load(x1[c]), Op::num_gates > 2 ? load(x2[c]) : C(0)};
-      C d[3], a;
-      const C g = load(dh_t[c]) + carry[c];
-      Op::gradients(x, g, p, d, a);
-      carry[c] = reset ? C(0) : a * g;
-      store(dx0[c], d[0]);
-      store(dx1[c], d[1]);
-      if (Op::num_gates > 2) store(dx2[c], d[2]);
+  const int64_t width = q.width, most = tile_steps(width);
+  if constexpr (!Op::has_activations)
+    if (!q.turn && width >= 64) return forward_rows(q, h, h_step, state);
+  bool dense = h_step == width;
+  for (int gate = 0; gate < Op::num_gates; ++gate) dense &= q.x_step[gate] == width;
+  Chain<C> chain;
+  for (int64_t first = 0; first < q.T; first += most) {
+    const Pieces pieces{q.T - first < most ? q.T - first : most, width, dense};
+    const bool* reset = q.reset ? q.reset + first * q.reset_step : nullptr;
+    chain.begin(pieces.rows, width, reset);
+    const bool placed = chain.place_b(h + first * h_step, h_step);
+    recur<false>(chain, reset, q.reset_step, state, q.turn, [&]() MINRNN_LAMBDA {
+      pieces.for_each([&](int64_t t, int64_t j0, int64_t count) MINRNN_LAMBDA {
+        const S* __restrict x0 = q.x[0] + (first + t) * q.x_step[0] + j0;
+        const S* __restrict x1 = q.x[1] + (first + t) * q.x_step[1] + j0;
+        const S* __restrict x2 = Op::num_gates > 2 ? q.x[2] + (first + t) * q.x_step[2] + j0 : x1;
+        C* __restrict a = chain.a + t * width + j0;
+        C* __restrict b = chain.b + t * chain.b_step + j0;
+#pragma GCC ivdep
+        for (int64_t j = 0; j < count; ++j) {
+          const C x[3] = {load(x0[j]), load(x1[j]), Op::num_gates > 2 ? load(x2[j]) : C(0)};
+          Op::coefficients(x, a[j], b[j]);
+        }
+      });
+    });
+    if (placed) continue;
+    pieces.for_each([&](int64_t t, int64_t j0, int64_t count) MINRNN_LAMBDA {
+      S* __restrict h_t = h + (first + t) * h_step + j0;
+      const C* __restrict b = chain.b + t * width + j0;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < count; ++j) store(h_t[j], b[j]);
+    });
+  }
+}
+
+// What `backward` reads and writes besides the gates.
+template <class S>
+struct Gradients {
+  using C = typename Compute<S>::type;
+
+  const S *dh, *h;      // (T, width)
+  int64_t dh_step, h_step;
+  const C* before;      // (width), the state before the first step; null: zeros
+  bool follows;         // the state before the first step is the row before h instead
+  S* dx[3];             // (T, width), a gradient for each gate
+  int64_t dx_step[3];
+};
+
+// The state before each of `count` numbers from number j of row t on: where it stands, or a copy.
+template <class S, class C>
+MINRNN_INLINE const C* states_before(const Gradients<S>& to, bool starts, int64_t t, int64_t j,
+                                     int64_t width, int64_t count, C* copy) {
+  const S* h = to.h + (t - 1) * to.h_step + j;
+  // the row before the first is not one of h; a piece may end in the rows after it
+  const bool first = t == 0 && !to.follows;
+  int64_t own = starts ? count : first && j < width ? width - j : 0;
+  own = own < count ? own : count;
+  if constexpr (sizeof(S) == sizeof(C))
+    if (own == 0) return h;
+  const bool zeros = starts || !to.before;
+  for (int64_t n = 0; n < own; ++n) copy[n] = zeros ? C(0) : to.before[j + n];
+  for (int64_t n = own; n < count; ++n) copy[n] = load(h[n]);
+  return copy;
+}
+
+// g_t = dh_t + a_{t+1} * g_{t+1}, from the last step to the first. `carry` (width) holds dh_T, or
+// a * g of the step after, and moves on to that of the first step, dh0.
+template <class Op, class S>
+MINRNN_INLINE void backward(const Stretch<S>& q, const Gradients<S>& to,
+                            typename Compute<S>::type* carry) {
+  using C = typename Compute<S>::type;
+  const int64_t width = q.width, most = tile_steps(width);
+  bool dense = to.dh_step == width && to.h_step == width && !q.reset;
+  for (int gate = 0; gate < Op::num_gates; ++gate)
+    dense &= q.x_step[gate] == width && to.dx_step[gate] == width;
+  Chain<C> chain;
+  C copy[tile_numbers];
+  // derivatives wait for g where the gradients go, if these are of the same type
+  constexpr bool placed = sizeof(S) == sizeof(C);
+  C buffer[3][placed ? 1 : tile_numbers];
+  for (int64_t first = q.T > 0 ? (q.T - 1) / most * most : -1; first >= 0; first -= most) {
+    const Pieces pieces{q.T - first < most ? q.T - first : most, width, dense};
+    const bool* reset = q.reset ? q.reset + first * q.reset_step : nullptr;
+    const auto derivative = [&](int gate, int64_t t) MINRNN_LAMBDA {
+      if constexpr (placed) return to.dx[gate] + (first + t) * to.dx_step[gate];
+      if constexpr (!placed) return buffer[gate] + t * width;
     };
-    if (reset || (t == 0 && !h0)) {
+    chain.begin(pieces.rows, width, reset);
+    recur<true>(chain, reset, q.reset_step, carry, q.turn, [&]() MINRNN_LAMBDA {
+      pieces.for_each([&](int64_t t, int64_t j0, int64_t count) MINRNN_LAMBDA {
+        const bool starts = reset && reset[t * q.reset_step];
+        const C* __restrict p = states_before(to, starts, first + t, j0, width, count, copy);
+        const S* __restrict x0 = q.x[0] + (first + t) * q.x_step[0] + j0;
+        const S* __restrict x1 = q.x[1] + (first + t) * q.x_step[1] + j0;
+        const S* __restrict x2 = Op::num_gates > 2 ? q.x[2] + (first + t) * q.x_step[2] + j0 : x1;
+        const S* __restrict dh = to.dh + (first + t) * to.dh_step + j0;
+        C* __restrict a = chain.a + t * width + j0;
+        C* __restrict b = chain.b + t * width + j0;
+        C* __restrict d0 = derivative(0, t) + j0;
+        C* __restrict d1 = derivative(1, t) + j0;
+        C* __restrict d2 = Op::num_gates > 2 ? derivative(2, t) + j0 : d1;
 #pragma GCC ivdep
-      for (int64_t c = 0; c < width; ++c) step(c, C(0));
-    } else if (t == 0) {
+        for (int64_t j = 0; j < count; ++j) {
+          const C x[3] = {load(x0[j]), load(x1[j]), Op::num_gates > 2 ? load(x2[j]) : C(0)};
+          C d[3];
+          Op::derivatives(x, p[j], d, a[j]);
+          b[j] = load(dh[j]);
+          d0[j] = d[0];
+          d1[j] = d[1];
+          if (Op::num_gates > 2) d2[j] = d[2];
+        }
+      });
+    });
+    pieces.for_each([&](int64_t t, int64_t j0, int64_t count) MINRNN_LAMBDA {
+      const C* __restrict g = chain.b + t * width + j0;
+      for (int gate = 0; gate < Op::num_gates; ++gate) {
+        S* dx = to.dx[gate] + (first + t) * to.dx_step[gate] + j0;
+        const C* d = derivative(gate, t) + j0;
 #pragma GCC ivdep
-      for (int64_t c = 0; c < width; ++c) step(c, h0[c]);
-    } else {
-#pragma GCC ivdep
-      for (int64_t c = 0; c < width; ++c) step(c, load(h_before[c]));
-    }
+        for (int64_t j = 0; j < count; ++j) store(dx[j], g[j] * d[j]);
+      }
+    });
   }
 }
 

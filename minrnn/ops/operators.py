@@ -1,0 +1,179 @@
+"""`torch.ops.minrnn`: schemas, shapes and gradients of the operators.
+
+Each operator is `minrnn::name` and `minrnn::name_backward`. Pure torch serves every device; a
+compiled kernel takes over where there is one, and torch's dispatcher picks it. `mingru` and
+`minlstm` come a second time as `name_fused`: their gates side by side in one tensor, (B, T, n * D),
+as one projection gives them, and their gradient likewise, so that nothing is cut or joined by a
+copy. The arguments of all: gates (Tensor ...), h0, options, reset, cu_seqlens, reverse.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minrnn.ops import torch_kernels
+
+_Kernel = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class _Operator:
+    name: str
+    gates: str
+    """the tensors before h0"""
+    saved: str
+    """which of them the gradient reads, besides h0 and h: scan's b only adds"""
+    options: str
+    forward: _Kernel
+    backward: _Kernel
+    fused: int = 1
+    """how many gates lie side by side in a tensor"""
+
+    @property
+    def num_gates(self) -> int:
+        return len(self.gates.split())
+
+    @property
+    def num_saved(self) -> int:
+        return len(self.saved.split())
+
+
+def _fused(name: str, options: str, num: int) -> _Operator:
+    forward = getattr(torch_kernels, name)
+    backward = getattr(torch_kernels, f"{name}_backward")
+
+    def run(gates: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return forward(*gates.chunk(num, dim=-1), *args)
+
+    def run_backward(dh: Tensor, dh_T: Tensor, gates: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *grads, dh0 = backward(dh, dh_T, *gates.chunk(num, dim=-1), *args)
+        return torch.cat(grads, dim=-1), dh0
+
+    return _Operator(f"{name}_fused", "gates", "gates", options, run, run_backward, num)
+
+
+_GRU, _LSTM = "str candidate, ", "str candidate, bool normalized, "
+OPERATORS = (
+    _Operator("scan", "a b", "a", "", torch_kernels.scan, torch_kernels.scan_backward),
+    _Operator("mingru", "k v", "k v", _GRU, torch_kernels.mingru, torch_kernels.mingru_backward),
+    _Operator(
+        "minlstm", "f i v", "f i v", _LSTM, torch_kernels.minlstm, torch_kernels.minlstm_backward
+    ),
+    _fused("mingru", _GRU, 2),
+    _fused("minlstm", _LSTM, 3),
+)
+
+_library = torch.library.Library("minrnn", "DEF")
+
+
+def _define(op: _Operator) -> None:
+    options = f"{op.options}Tensor? reset, Tensor? cu_seqlens, bool reverse"
+    tag = torch.Tag.pt2_compliant_tag
+    _library.define(
+        f"{op.name}({_tensors(op.gates)}, Tensor? h0, {options}) -> (Tensor, Tensor)", tags=(tag,)
+    )
+    grads = ", ".join(["Tensor"] * (op.num_gates + 1))
+    _library.define(
+        f"{op.name}_backward(Tensor dh, Tensor dh_T, {_tensors(op.saved)}, Tensor? h0, Tensor h,"
+        f" {options}) -> ({grads})",
+        tags=(tag,),
+    )
+    _library.impl(op.name, _contiguous(op.forward), "CompositeExplicitAutograd")
+    _library.impl(f"{op.name}_backward", _contiguous(op.backward), "CompositeExplicitAutograd")
+    _register_shapes(op)
+    _register_gradient(op)
+    _register_second_gradient(f"{op.name}_backward", op.backward)
+
+
+def _tensors(names: str) -> str:
+    return ", ".join(f"Tensor {name}" for name in names.split())
+
+
+def _contiguous(kernel: _Kernel) -> _Kernel:
+    """`kernel` with contiguous results, whatever the strides of its inputs: what the fake says."""
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        if args[0].device.type == "cpu":
+            # only reached where the compiled kernels are missing
+            warnings.warn("minrnn runs on pure torch: its CPU kernels were not built", stacklevel=1)
+        return tuple(x.contiguous() for x in kernel(*args))
+
+    return run
+
+
+def _register_shapes(op: _Operator) -> None:
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        gate, h0, cu_seqlens = args[0], args[op.num_gates], args[-2]
+        B, T, D = gate.shape[0], gate.shape[1], gate.shape[2] // op.fused
+        rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
+        assert h0 is None or h0.shape[0] == rows
+        return gate.new_empty(B, T, D), gate.new_empty(rows, D, dtype=state_dtype)
+
+    def backward(dh: Tensor, dh_T: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        gate, h0 = args[0], args[op.num_saved]
+        grads = [gate.new_empty(gate.shape) for _ in range(op.num_gates)]
+        return *grads, torch.empty_like(dh_T, dtype=dh_T.dtype if h0 is None else h0.dtype)
+
+    torch.library.register_fake(f"minrnn::{op.name}", forward, lib=_library)
+    torch.library.register_fake(f"minrnn::{op.name}_backward", backward, lib=_library)
+
+
+def _register_gradient(op: _Operator) -> None:
+    """The gradient of `minrnn::name` is one call of `minrnn::name_backward`."""
+    backward_op = getattr(torch.ops.minrnn, f"{op.name}_backward")
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        h0, *options, reset, cu_seqlens, ctx.reverse = inputs[op.num_gates :]
+        ctx.options = options
+        ctx.save_for_backward(*inputs[: op.num_saved], h0, output[0], reset, cu_seqlens)
+
+    def backward(ctx: Any, dh: Tensor, dh_T: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, h0, h, reset, cu_seqlens = ctx.saved_tensors
+        layout = (reset, cu_seqlens, ctx.reverse)
+        *grads, dh0 = backward_op(dh, dh_T, *saved, h0, h, *ctx.options, *layout)
+        return *grads, None if h0 is None else dh0, *[None] * (len(ctx.options) + 3)
+
+    torch.library.register_autograd(
+        f"minrnn::{op.name}", backward, setup_context=setup, lib=_library
+    )
+
+
+def _register_second_gradient(name: str, formula: _Kernel) -> None:
+    """The gradient of `minrnn::name_backward` is taken of its formula in pure torch."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        floating = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
+        ctx.floating = floating
+        ctx.others = [None if keep else x for x, keep in zip(inputs, floating, strict=True)]
+        ctx.save_for_backward(*[x for x, keep in zip(inputs, floating, strict=True) if keep])
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # views, so that differentiation stops at these inputs and not at what they came from
+            views = [x.view_as(x) if again else x.detach() for x in ctx.saved_tensors]
+            inputs = [x if x.requires_grad else x.requires_grad_() for x in views]
+            given = iter(inputs)
+            pairs = zip(ctx.others, ctx.floating, strict=True)
+            outputs = formula(*[next(given) if keep else x for x, keep in pairs])
+            found = torch.autograd.grad(
+                outputs, inputs, grads, create_graph=again, allow_unused=True
+            )
+        left = iter(found)
+        return tuple(next(left) if keep else None for keep in ctx.floating)
+
+    torch.library.register_autograd(f"minrnn::{name}", backward, setup_context=setup, lib=_library)
+
+
+for _operator in OPERATORS:
+    _define(_operator)
+
+# the compiled kernels, registered for the CPU by loading them
+for _path in Path(__file__).parent.glob("_native.*"):
+    torch.ops.load_library(_path)
