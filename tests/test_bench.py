@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from minrnn import bench
+from minrnn.bench.peers import step_loop
 from minrnn.bench.precision import _SUBJECTS, _inputs, _noise, _truth
+from minrnn.bench.truth import coefficients
 from minrnn.ops import reference, scans
 
 POWERS = [2**n for n in range(1, 11)]
@@ -82,6 +84,24 @@ def test_nan_is_an_infinite_error(monkeypatch):
     monkeypatch.setitem(_SUBJECTS, "blelloch", subject)
     [row] = bench.precision(lengths=[4], gate_means=[0.0], algorithms=["blelloch"])
     assert isinf(row.error)
+
+
+def test_bfloat16_loses_little_at_every_gate():
+    rows = bench.bfloat16_precision()
+    assert [(row.algorithm, row.gate_mean) for row in rows] == [
+        (name, mean) for name in ("mingru", "minlstm") for mean in bench.BFLOAT16_BIASES
+    ]
+    assert [row for row in rows if not row.arithmetic < row.error < bench.BFLOAT16_MEAN] == []
+    assert {row.T for row in rows} == {4096}
+
+
+def test_a_state_kept_in_bfloat16_would_exceed_that(monkeypatch):
+    def loop(k, v):
+        h = step_loop(*[x.bfloat16() for x in coefficients("mingru", [k.float(), v.float()])])
+        return h, h[:, -1]
+
+    monkeypatch.setitem(_SUBJECTS, "mingru", _SUBJECTS["mingru"]._replace(run=loop))
+    assert bench.bfloat16_precision(gate_means=[-7.0])[0].error > 4 * bench.BFLOAT16_MEAN
 
 
 @pytest.mark.parametrize("recurrence", ["scan", "mingru", "minlstm"])

@@ -1,11 +1,15 @@
-"""A text larger than what may be kept in memory. Slow: it writes 4 GB and reads them twice."""
+"""What is larger than memory, or than 32 bits can count. Slow: it writes 4 GB and fills 13 GB."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, bfloat16
 
 SIZE = 2_000_000_000
 ALLOWED = 500_000_000
@@ -45,3 +49,64 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     assert split["valid"][1] > 0.9 * SIZE
     print(f"peak {little / 1e6:.0f} MB on {len(piece) / 1e6:.1f} MB, {much / 1e6:.0f} MB on 2 GB")
     assert much - little < ALLOWED
+
+
+FUSED = torch.ops.minrnn.mingru_fused
+FUSED_BACKWARD = torch.ops.minrnn.mingru_fused_backward
+OPTIONS = ("g", None, None, False)
+# steps whose numbers are compared: after as many, nothing is left of the state before them
+SOME = 4096
+
+
+def _gates(T: int) -> Tensor:
+    """(1, T, 16): k and v of 8 channels. Only the last steps are not those of every period."""
+    gates = torch.randn(1, SOME, 16, dtype=bfloat16).repeat(1, T // SOME, 1)
+    gates[:, -SOME:] = torch.randn(1, SOME, 16)
+    return gates
+
+
+def _by_threads(op: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> Iterator[list[Tensor]]:
+    """Results of one thread, which goes from row to row, and of two, which are sent to tiles."""
+    before = torch.get_num_threads()
+    for num in (1, 2):
+        torch.set_num_threads(num)
+        try:
+            yield [*op(*args, *OPTIONS)]
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_states_beyond_the_32nd_bit() -> None:
+    T = 2**28 + SOME
+    gates = _gates(T)
+    short, short_T = FUSED(gates[:, -2 * SOME :], None, *OPTIONS)
+    start, _ = FUSED(gates[:, :SOME], None, *OPTIONS)
+    for found in _by_threads(FUSED, gates, None):
+        h, h_T = found
+        # the last steps are those beyond 2**31 in h, beyond 2**32 in the gates
+        assert h[:, :-SOME].numel() == 2**31
+        assert torch.equal(h[:, -SOME:], short[:, -SOME:])
+        assert torch.equal(h_T, short_T)
+        assert torch.equal(h[:, :SOME], start)
+        # there is no room for two
+        del h, found[:]
+
+
+@pytest.mark.slow
+def test_gradients_beyond_the_32nd_bit() -> None:
+    T = 2**27 + SOME
+    gates = _gates(T)
+    h, _ = FUSED(gates, None, *OPTIONS)
+    dh, dh_T = torch.randn(1, 1, 8, dtype=bfloat16).expand(1, T, 8), torch.randn(1, 8)
+    first, last = slice(2 * SOME), slice(T - SOME, T)
+    h0 = h[:, -SOME - 1].float()
+    end, _ = FUSED_BACKWARD(dh[:, last], dh_T, gates[:, last], h0, h[:, last], *OPTIONS)
+    start, start0 = FUSED_BACKWARD(dh[:, first], dh_T, gates[:, first], None, h[:, first], *OPTIONS)
+    for found in _by_threads(FUSED_BACKWARD, dh, dh_T, gates, None, h):
+        grad, dh0 = found
+        assert grad[:, :-SOME].numel() == 2**31
+        assert torch.equal(grad[:, last], end)
+        assert torch.equal(grad[:, :SOME], start[:, :SOME])
+        assert torch.equal(dh0, start0)
+        del grad, found[:]

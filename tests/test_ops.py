@@ -7,8 +7,6 @@ import torch
 from cases import (
     CASES,
     GATES,
-    SMALL_CASES,
-    TRACED_CASES,
     Case,
     Inputs,
     assert_close,
@@ -17,9 +15,7 @@ from cases import (
     make_inputs,
     run,
 )
-from torch import Tensor, bfloat16, float16, float32, float64
-from torch.autograd import gradcheck, gradgradcheck
-from torch.library import opcheck
+from torch import bfloat16, float16, float32, float64
 
 from minrnn import ops
 
@@ -277,73 +273,6 @@ def test_reset_at_the_first_step_drops_h0(backend, name, reverse):
     actual = run(getattr(backend.ops, name), inputs)
     assert actual.pop("dh0").eq(0).all()
     assert_close(actual, wanted)
-
-
-# trap 17
-@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
-@pytest.mark.parametrize("name", GATES)
-def test_first_and_second_derivatives(backend, name, case):
-    inputs = make_inputs(name, case)
-    num_gates = len(inputs.gates)
-
-    def op(*floating):
-        h0 = floating[num_gates] if case.h0 else None
-        return getattr(backend.ops, name)(*floating[:num_gates], h0, **inputs.options)
-
-    given = [*inputs.gates.values(), *([inputs.h0] if case.h0 else [])]
-    leaves = [x.detach().requires_grad_() for x in given]
-    assert gradcheck(op, leaves)
-    assert gradgradcheck(op, leaves)
-
-
-# trap 17
-def test_third_derivative(backend):
-    k, v = torch.randn(2, 1, 3, 1, dtype=float64).requires_grad_().unbind()
-
-    def slope(k, v):
-        h, h_T = backend.ops.mingru(k, v)
-        return torch.autograd.grad(h.square().sum() + h_T.sum(), (k, v), create_graph=True)
-
-    assert gradgradcheck(slope, (k, v))
-
-
-@pytest.mark.parametrize("case", TRACED_CASES, ids=str)
-@pytest.mark.parametrize("name", GATES)
-def test_operators_keep_the_rules_of_torch_library(name, case):
-    inputs = make_inputs(name, case)
-    gates = [x.detach().requires_grad_() for x in inputs.gates.values()]
-    states = (inputs.h0.to(case.dtype), inputs.dh, inputs.dh_T)
-    h0, dh, dh_T = (x.detach().requires_grad_() for x in states)
-    options = {"reset": None, "cu_seqlens": None} | inputs.options
-    order = ("candidate", "normalized", "reset", "cu_seqlens", "reverse")
-    options = [options[key] for key in order if key in options]
-    opcheck(getattr(torch.ops.minrnn, name), (*gates, h0, *options))
-    saved = (*(gates[:1] if name == "scan" else gates), h0, torch.randn_like(dh).requires_grad_())
-    opcheck(getattr(torch.ops.minrnn, f"{name}_backward"), (dh, dh_T, *saved, *options))
-
-
-# torch's own compiler still calls torch.jit
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("case", ["time_first", "packed"])
-def test_compile_takes_the_whole_graph(backend, case):
-    packed = case == "packed"
-    options = {"B": 1, "cu_seqlens": (0, 2, 5)} if packed else {"layout": case, "reset": True}
-    inputs = _inputs("mingru", T=5, **options)
-    compiled = torch.compile(backend.ops.mingru, fullgraph=True)
-    actual = run(lambda *args, **options: compiled(*args, **options), inputs)
-    assert_close(actual, expected("mingru", inputs))
-
-
-def test_export_keeps_the_operator(backend):
-    class Model(torch.nn.Module):
-        def forward(self, x: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-            return backend.ops.minlstm(*x.chunk(3, dim=2), h0)
-
-    x, h0 = torch.randn(2, 5, 9), torch.randn(2, 3)
-    program = torch.export.export(Model(), (x, h0))
-    assert torch.ops.minrnn.minlstm.default in [node.target for node in program.graph.nodes]
-    for actual, wanted in zip(program.module()(x, h0), Model()(x, h0), strict=True):
-        assert torch.equal(actual, wanted)
 
 
 X, META = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, device="meta")

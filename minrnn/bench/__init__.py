@@ -2,6 +2,7 @@
 
     precision    how far is each algorithm from the reference, and what arithmetic does it take?
     scan         how near are the operators to the bandwidth of the memory, and how far the others?
+    length       how does their time grow with the length of the sequence?
     layer        how fast are the layers beside nn.GRU, nn.LSTM and the public minGRUs?
     train_step   what is left of it when a whole model trains?
     memory       how much memory does a training step of a layer take?
@@ -11,29 +12,39 @@ and `report` (table, JSON, picture). `docs/bench.md` says how to read what they 
 """
 
 from minrnn.bench.precision import (
+    BFLOAT16_BIASES,
+    BFLOAT16_MEAN,
     BFLOAT16_ROUNDING,
     GATE_MEANS,
     HEADROOM,
     LENGTHS,
     QUICK_LENGTHS,
     SCANS,
+    Bfloat16Row,
     Cost,
     PrecisionRow,
+    bfloat16_precision,
     cost,
     precision,
+    print_bfloat16_precision,
     print_precision,
 )
 
 __all__ = [
+    "BFLOAT16_BIASES",
+    "BFLOAT16_MEAN",
     "BFLOAT16_ROUNDING",
     "GATE_MEANS",
     "HEADROOM",
     "LENGTHS",
     "QUICK_LENGTHS",
     "SCANS",
+    "Bfloat16Row",
     "Cost",
     "PrecisionRow",
+    "bfloat16_precision",
     "cost",
     "precision",
+    "print_bfloat16_precision",
     "print_precision",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from minrnn.bench import measure, truth
@@ -14,6 +15,7 @@ from minrnn.bench.peers import Calls, MissingPeerError
 
 STREAM = "STREAM triad"
 HERE = "triad at this size"
+ONE_THREAD = ", 1 thread"
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,19 @@ class Row:
     """One line of a table."""
 
     name: str
+    T: int | None = None
+    """the steps, where they differ from row to row"""
     value: float | None = None
     """the median, in the unit of the table; None where there is none to give"""
     low: float | None = None
     """the lower quartile"""
     high: float | None = None
     """the upper quartile"""
+    per_element: float | None = None
+    """nanoseconds for each of the B * T * D elements, where the row has its own T"""
     rounds: int = 0
+    faults: float | None = None
+    """page faults of one call, the median over the rounds"""
     ratio: float | None = None
     """value over ours"""
     share: float | None = None
@@ -47,6 +55,8 @@ class Table:
     shape: tuple[int, ...]
     unit: str
     rows: tuple[Row, ...]
+    memory: str = ""
+    """what the allocator was told, where it was told anything"""
 
 
 @dataclass(frozen=True)
@@ -119,8 +129,11 @@ def shares(timings: Mapping[str, Timing], num_bytes: Mapping[str, int]) -> dict[
         of = {n: speed / speeds[n] if speed and n in speeds else None for n in (STREAM, HERE)}
         rows[name] = Row(
             name,
-            *(1e3 * x for x in (time.median, time.low, time.high)),
+            value=1e3 * time.median,
+            low=1e3 * time.low,
+            high=1e3 * time.high,
             rounds=time.rounds,
+            faults=time.faults,
             ratio=time.median / ours,
             share=of[STREAM],
             share_here=of[HERE],
@@ -157,10 +170,20 @@ def timed_rows(
         row = rows.get(name, Row(name))
         if name in checked:
             row = _with(row, error=checked[name].error, note=checked[name].note)
-        elif name in num_bytes:
-            row = _with(row, note=f"{num_bytes[name] / timings[name].median / 1e9:.1f} GB/s")
+        else:
+            row = _with(row, note=_yardstick_note(name, timings, num_bytes))
         found.append(row if ours in rows else _with(row, ratio=None))
     return tuple(found)
+
+
+def _yardstick_note(name: str, timings: Mapping[str, Timing], num_bytes: Mapping[str, int]) -> str:
+    """Bytes per second; of a line with one thread, also what all of them gain over it."""
+    time, threads = timings[name].median, torch.get_num_threads()
+    notes = [f"{num_bytes[name] / time / 1e9:.1f} GB/s"] if name in num_bytes else []
+    together = name.removesuffix(ONE_THREAD)
+    if together != name and threads > 1:
+        notes.append(f"x {time / timings[together].median:.2f} on {threads} threads")
+    return ", ".join(notes)
 
 
 def _with(row: Row, **changes: float | str | None) -> Row:

@@ -1,18 +1,20 @@
 """How time is taken: all competitors in turn, round after round, with the memory beside them."""
 
+import ctypes
 import gc
 import itertools
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,10 @@ from torch import Tensor
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 # a shorter turn repeats its call: below this the clock and the wake-up of threads would count
 TURN = 2e-3
+# from here on a call is slow: nothing goes before it untimed, and its trial counts as a round
+SLOW = 0.1
+# a call that takes longer has its trial as its only round
+ONCE = 2.0
 # bytes that a scan, cell or addition must move for each float32 element
 FORWARD_BYTES = {"scan": 12, "mingru": 12, "minlstm": 16, "add": 12}
 # the backward pass reads dh, h and what the gradient needs, and writes a gradient for each input
@@ -45,19 +51,31 @@ class Timing:
     high: float
     """the upper quartile"""
     rounds: int
+    faults: float | None = None
+    """page faults of one call, the median; None where the system does not count them"""
 
 
-def summarize(seconds: list[float]) -> Timing:
+class Turn(NamedTuple):
+    """What one call took, on the average of a turn."""
+
+    seconds: float
+    faults: float | None = None
+
+
+def summarize(turns: Sequence[Turn]) -> Timing:
     """Median and quartiles.
 
     Example:
-        >>> summarize([5.0, 1.0, 2.0, 4.0, 3.0])
-        Timing(median=3.0, low=2.0, high=4.0, rounds=5)
+        >>> summarize([Turn(s, faults=2.0) for s in (5.0, 1.0, 2.0, 4.0, 3.0)])
+        Timing(median=3.0, low=2.0, high=4.0, rounds=5, faults=2.0)
     """
+    seconds = [turn.seconds for turn in turns]
+    counted = [turn.faults for turn in turns if turn.faults is not None]
+    faults = statistics.median(counted) if counted else None
     if len(seconds) == 1:
-        return Timing(seconds[0], seconds[0], seconds[0], 1)
+        return Timing(seconds[0], seconds[0], seconds[0], 1, faults)
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Timing(median, low, high, len(seconds))
+    return Timing(median, low, high, len(seconds), faults)
 
 
 def interleave(
@@ -68,7 +86,8 @@ def interleave(
     One trial decides how often a call is repeated in a turn and in how many rounds it takes part:
     a slow one in fewer, spread evenly over all. Before the clock starts in a turn the call runs
     once untimed, so that caches and the allocator are as it left them itself, not as the one
-    before it did (not if it takes longer than a quarter of a second: then that matters little).
+    before it did. Not if it takes longer than `SLOW`: then that matters little, and the trial
+    counts as its first round. Longer than `ONCE`, it is the only one.
 
     Args:
         calls: what to time, by name, in the order of a round.
@@ -79,7 +98,7 @@ def interleave(
         For each name the time of one call, over the rounds it took part in.
     """
     threads = torch.get_num_threads()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[str, list[Turn]] = {name: [] for name in calls}
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -87,28 +106,35 @@ def interleave(
         trials = {}
         for name, call in calls.items():
             torch.set_num_threads(call.threads or threads)
-            trials[name] = _turn(call.run, 1, clock)
+            trial = _turn(call.run, 1, clock)
+            trials[name] = trial.seconds
+            if trial.seconds >= SLOW:
+                taken[name].append(trial)
         shares = {name: _rounds(trial, seconds) for name, trial in trials.items()}
         total = max(shares.values(), default=0)
         for turn, (name, call) in itertools.product(range(total), calls.items()):
             if not _takes_part(turn, shares[name], total):
                 continue
             torch.set_num_threads(call.threads or threads)
-            if trials[name] < 0.25:
+            if trials[name] < SLOW:
                 call.run()
             taken[name].append(_turn(call.run, _repeats(trials[name]), clock))
     finally:
         torch.set_num_threads(threads)
         if was_enabled:
             gc.enable()
-    return {name: summarize(times) for name, times in taken.items()}
+    return {name: summarize(turns) for name, turns in taken.items()}
 
 
-def _turn(run: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
+def _turn(run: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> Turn:
+    before = page_faults()
     start = clock()
     for _ in range(repeats):
         run()
-    return (clock() - start) / repeats
+    seconds = clock() - start
+    after = page_faults()
+    faults = None if before is None or after is None else (after - before) / repeats
+    return Turn(seconds / repeats, faults)
 
 
 def _repeats(trial: float) -> int:
@@ -116,8 +142,12 @@ def _repeats(trial: float) -> int:
 
 
 def _rounds(trial: float, seconds: float) -> int:
-    turn = trial * (_repeats(trial) + (trial < 0.25))
-    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(turn, 1e-9))))
+    """The rounds behind the trial."""
+    if trial >= ONCE:
+        return 0
+    slow = trial >= SLOW
+    turn = trial * (_repeats(trial) + (not slow))
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(turn, 1e-9)))) - slow
 
 
 def _takes_part(turn: int, share: int, total: int) -> bool:
@@ -128,6 +158,42 @@ def _takes_part(turn: int, share: int, total: int) -> bool:
         [0, 4, 7]
     """
     return turn * share // total != (turn - 1) * share // total
+
+
+def page_faults() -> int | None:
+    """How many pages this process was handed so far when it touched them; None except on Linux.
+
+    Those that had to be read from a disk are not among them.
+    """
+    if sys.platform != "linux":
+        return None
+    # Windows has no such module
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+# What the allocator was told, as a table says it.
+AS_IT_IS, KEPT = "allocator as it is", "allocator keeps its pages"
+# mallopt's M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX: no block has a mapping of its own, none
+# is given back, and threads that start later share the one heap
+_KEEP_PAGES = ((-4, 0), (-1, -1), (-8, 1))
+
+
+def keep_pages() -> str:
+    """Make the C library keep what is freed, as long as this process lives.
+
+    By itself glibc gives large blocks back when they are freed and takes zeroed pages the next
+    time, from a size on that depends on everything that was freed before: the same call can take a
+    multiple of its time in one process and not in another.
+
+    Returns:
+        `KEPT`, or `AS_IT_IS` where it is not glibc, or another allocator was preloaded.
+    """
+    if not allocator().startswith("glibc"):
+        return AS_IT_IS
+    mallopt = ctypes.CDLL(None).mallopt
+    return KEPT if all(mallopt(*setting) for setting in _KEEP_PAGES) else AS_IT_IS
 
 
 def triad(num_elements: int) -> tuple[Callable[[], Tensor], int]:

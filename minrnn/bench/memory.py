@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from minrnn.bench import layer, peers
 from minrnn.bench.compare import Row, Table
-from minrnn.bench.measure import summarize
+from minrnn.bench.measure import Turn, summarize
 
 SHAPES = layer.SHAPES
 QUICK_SHAPES = ((8, 256, 64),)
@@ -43,14 +44,14 @@ def _rows(layers: list[peers.Layer], shape: tuple[int, int, int], repeats: int) 
             rows.append(Row(one.name, error=checked.error, note=checked.note))
             continue
         try:
-            peaks = summarize([_peak(one.name, shape) for _ in range(repeats)])
+            peaks = summarize([Turn(_peak(one.name, shape)) for _ in range(repeats)])
         except OSError as error:
             rows.append(Row(one.name, error=checked.error, note=f"failed: {error}"))
             continue
         ours = peaks.median if not rows else rows[0].value
         ratio = peaks.median / ours if ours else None
-        span = (peaks.median, peaks.low, peaks.high)
-        rows.append(Row(one.name, *span, repeats, ratio, error=checked.error))
+        row = Row(one.name, value=peaks.median, low=peaks.low, high=peaks.high, rounds=repeats)
+        rows.append(replace(row, ratio=ratio, error=checked.error))
     return tuple(rows)
 
 

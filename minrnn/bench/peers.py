@@ -21,14 +21,14 @@ from minrnn.bench.truth import coefficients, recurrence64
 from minrnn.layers import MinGRU, MinLSTM
 from minrnn.ops.scans import log_space
 
-# exact versions, as in the extra `bench` of pyproject.toml; jax is left to who wants it
+# exact versions, as in the extra `bench` of pyproject.toml
 REQUIREMENTS = {
     "minGRU-pytorch": "0.2.1",
     "mingru-scans": "0.2.0",
     "mambapy": "1.2.0",
     "assoc-scan": "0.0.6",
     "accelerated-scan": "0.3.1",
-    "jax": "",
+    "jax": "0.10.2",
 }
 OURS = "minrnn"
 
@@ -43,8 +43,7 @@ def require(package: str, module: str) -> Any:
     Raises:
         MissingPeerError: it is not installed, or something that it needs is not.
     """
-    version = REQUIREMENTS[package]
-    hint = f"missing: pip install {package}{'==' if version else ''}{version}"
+    hint = f"missing: pip install {package}=={REQUIREMENTS[package]}"
     try:
         # asked by the name of the package: two public ones share the import name `mingru`
         metadata.version(package)

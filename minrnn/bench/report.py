@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,14 +18,21 @@ from minrnn.files import replacing, write_atomically
 from minrnn.info import kernels
 
 
-def publish(name: str, tables: Iterable[Table], quick: bool, out: Path | None) -> list[Table]:
-    """Print each table as it comes; then write `out`/`name`.json and .png.
+def publish(
+    name: str,
+    tables: Iterable[Table],
+    quick: bool,
+    out: Path | None,
+    draw: Callable[[str, Sequence[Table]], Figure],
+) -> list[Table]:
+    """Print each table as it comes; then write `out`/bench-`name`.json and .png.
 
     Args:
         name: of the bench, as on the command line.
         tables: measured while they are asked for.
         quick: was it the short form?
         out: the folder, made if it is not there. None writes nothing.
+        draw: makes the picture, of `name` and all tables.
 
     Returns:
         The tables.
@@ -89,12 +96,14 @@ def heading(facts: dict[str, Any]) -> list[str]:
 
 def lines(table: Table) -> list[str]:
     """A title, a head, and a line for each row; columns that no row fills are left out."""
-    sizes = "" if not table.shape else f" at (B, T, D) = {table.shape}"
-    head = ["", table.unit, "quartiles", "/ ours", "of triad", "of it here", "error"]
+    sizes = f" at (B, T, D) = {table.shape}" if table.shape else ""
+    memory = f"; {table.memory}" if table.memory else ""
+    head = ["", table.unit, "quartiles", "ns/element", "/ ours", "of triad", "of it here"]
+    head += ["faults", "error"]
     rows = [head, *[_cells(row) for row in table.rows]]
     kept = [n for n in range(len(head)) if n < 2 or any(cells[n] for cells in rows[1:])]
     widths = {n: max(len(cells[n]) for cells in rows) for n in kept}
-    found = [table.title + sizes]
+    found = [table.title + sizes + memory]
     for cells, row in zip(rows, [None, *table.rows], strict=True):
         words = [cells[0].ljust(widths[0]), *(cells[n].rjust(widths[n]) for n in kept[1:])]
         note = row.note if row is not None else ""
@@ -111,9 +120,11 @@ def _cells(row: Row) -> list[str]:
         row.name,
         "" if row.value is None else _short(row.value),
         "" if row.low is None or row.high is None else f"{_short(row.low)} - {_short(row.high)}",
+        "" if row.per_element is None else _short(row.per_element),
         "" if row.ratio is None else f"{row.ratio:.2f}",
         "" if row.share is None else f"{row.share:.2f}",
         "" if row.share_here is None else f"{row.share_here:.2f}",
+        "" if row.faults is None else f"{row.faults:,.0f}",
         "" if row.error is None or row.value is None else f"{row.error:.1e}",
     ]
 
@@ -128,7 +139,7 @@ def _short(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:#.3g}"
 
 
-def draw(name: str, tables: Sequence[Table]) -> Figure:
+def draw_ratios(name: str, tables: Sequence[Table]) -> Figure:
     """A panel for each title: what each competitor takes over ours, a mark for each shape."""
     titles = list(dict.fromkeys(table.title for table in tables))
     columns = min(2, max(1, len(titles)))
@@ -164,3 +175,26 @@ def _draw_panel(axes: Axes, tables: Sequence[Table]) -> None:
     axes.grid(alpha=0.3)
     if rows:
         axes.legend(frameon=False, fontsize=7, title="(B, T, D)", title_fontsize=7)
+
+
+def draw_times(name: str, tables: Sequence[Table]) -> Figure:
+    """Time over T, both logarithmic, a line for each table, and one in proportion to T."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, table in enumerate(tables):
+        points = [(row.T, row.value) for row in table.rows if row.T and row.value is not None]
+        if points:
+            T, times = zip(*points, strict=True)
+            axes.plot(T, times, marker="osD^v<>P"[number % 8], markersize=4, label=table.title)
+            if number == 0:
+                straight = [times[-1] * t / T[-1] for t in T]
+                style = {"color": "0.5", "linestyle": "--", "linewidth": 1}
+                axes.plot(T, straight, label="slope 1: in proportion to T", **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("T, steps")
+    axes.set_ylabel("time in ms")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    figure.suptitle(f"minrnn bench {name}: median time over the length of the sequence")
+    return figure

@@ -18,6 +18,8 @@ LOG_SPACE_TOLERANCE = 0.1
 # steps and channels that the float64 answer is itself confirmed on, by the reference loop
 CONFIRMED_STEPS = 256
 CONFIRMED_CHANNELS = 8
+# steps of a long sequence that are taken at a time
+PIECE = 1 << 16
 
 
 def inputs(recurrence: str, shape: tuple[int, int, int]) -> list[Tensor]:
@@ -60,14 +62,38 @@ def answer(recurrence: str, gates: Sequence[Tensor], dh: Tensor) -> list[Tensor]
     Raises:
         ArithmeticError: it is not what the reference says.
     """
-    cut = (slice(None, 1), slice(None, CONFIRMED_STEPS), slice(None, CONFIRMED_CHANNELS))
-    few = [x[cut] for x in (*gates, dh)]
+    *few, few_dh = _beginning([*gates, dh])
     run = getattr(reference, recurrence)
-    wanted = _with_gradients(lambda *x: run(*x)[0], few[:-1], few[-1])
-    found = _with_gradients(lambda *x: recurrence64(recurrence, x), few[:-1], few[-1])
+    wanted = _with_gradients(lambda *x: run(*x)[0], few, few_dh)
+    found = _with_gradients(lambda *x: recurrence64(recurrence, x), few, few_dh)
+    _confirm(recurrence, found, wanted)
+    return _with_gradients(lambda *x: recurrence64(recurrence, x), gates, dh)
+
+
+def values(recurrence: str, gates: Sequence[Tensor]) -> Tensor:
+    """h in float64, by the tree scan in pieces that hand the state on: for T in the millions.
+
+    Raises:
+        ArithmeticError: it is not what the reference says, on the first steps and channels.
+    """
+    state, h = None, []
+    for piece in zip(*(x.split(PIECE, dim=1) for x in gates), strict=True):
+        a, b = coefficients(recurrence, [x.double() for x in piece])
+        h_piece, state = scans.blelloch(a, b, state)
+        h.append(h_piece)
+    found = torch.cat(h, dim=1)
+    few = [x.double() for x in _beginning(gates)]
+    _confirm(recurrence, _beginning([found]), [getattr(reference, recurrence)(*few)[0]])
+    return found
+
+
+def _beginning(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x[:1, :CONFIRMED_STEPS, :CONFIRMED_CHANNELS] for x in tensors]
+
+
+def _confirm(recurrence: str, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     if not error(found, wanted) < 1e-12:
         raise ArithmeticError(f"float64 {recurrence} is not what the reference says")
-    return _with_gradients(lambda *x: recurrence64(recurrence, x), gates, dh)
 
 
 def error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

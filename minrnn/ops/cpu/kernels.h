@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 
 #include "formulas.h"
 
@@ -172,9 +173,18 @@ struct Chain {
     }
   }
 
-  // The chain of composed steps, from g_t = b_t + a_{t+1} * g_{t+1} backward. False if the state
-  // ends infinite or NaN: a product of decays that underflows or overflows can cause that where
-  // single steps do not.
+  // Whether a step multiplies by more than 1: it would bring back what a product of small decays
+  // loses by underflow.
+  MINRNN_INLINE bool grows() const {
+    // as wide as a number, for the sake of vectors
+    std::conditional_t<sizeof(C) == 4, int32_t, int64_t> any = 0;
+    for (int64_t i = 0; i < count; ++i) any |= a[i] * a[i] > C(1);
+    return any != 0;
+  }
+
+  // The chain of composed steps, from g_t = b_t + a_{t+1} * g_{t+1} backward. False if any of the
+  // lanes ends infinite or NaN: a product of decays that underflows or overflows can cause that where
+  // single steps do not, and once there it stays, but in its own lane only.
   template <bool back>
   MINRNN_INLINE bool leap(C* state) {
     C s[margin];
@@ -187,6 +197,7 @@ struct Chain {
       rows<back, false>(decay + from, b + from, lanes, num, lanes, nullptr, 0, s);
     }
     bool finite = true;
+    for (int64_t l = 0; l < lanes; ++l) finite &= s[l] - s[l] == C(0);
     for (int64_t c = 0; c < width; ++c) {
       state[c] = back ? a[c] * b[c] : b[count - width + c];
       finite &= state[c] - state[c] == C(0);
@@ -196,15 +207,19 @@ struct Chain {
 };
 
 // One tile: `fill` computes a and b, then the chain runs and the state moves on.
-template <bool back, class C, class Fill>
+template <class Op, bool back, class C, class Fill>
 MINRNN_INLINE void recur(Chain<C>& chain, const bool* reset, int64_t reset_step, C* state,
                          const Turn* turn, const Fill& fill) {
-  const bool composed = chain.lanes != chain.width;
+  bool composed = chain.lanes != chain.width;
   C before[8];
   for (bool again = false;; again = true) {
     fill();
-    if (composed && !again) chain.template compose<back>();
-    if (turn && !again) turn->wait();
+    if (!again) {
+      // decays that are sigmoids do not grow
+      if (!Op::has_activations && composed && chain.grows()) composed = false;
+      if (composed) chain.template compose<back>();
+      if (turn) turn->wait();
+    }
     if (!composed || again) {
       chain.template walk<back>(reset, reset_step, state);
       break;
@@ -270,7 +285,7 @@ MINRNN_INLINE void forward(const Stretch<S>& q, S* h, int64_t h_step,
     const bool* reset = q.reset ? q.reset + first * q.reset_step : nullptr;
     chain.begin(pieces.rows, width, reset);
     const bool placed = chain.place_b(h + first * h_step, h_step);
-    recur<false>(chain, reset, q.reset_step, state, q.turn, [&]() MINRNN_LAMBDA {
+    recur<Op, false>(chain, reset, q.reset_step, state, q.turn, [&]() MINRNN_LAMBDA {
       pieces.for_each([&](int64_t t, int64_t j0, int64_t count) MINRNN_LAMBDA {
         const S* __restrict x0 = q.x[0] + (first + t) * q.x_step[0] + j0;
         const S* __restrict x1 = q.x[1] + (first + t) * q.x_step[1] + j0;
@@ -347,7 +362,7 @@ MINRNN_INLINE void backward(const Stretch<S>& q, const Gradients<S>& to,
       if constexpr (!placed) return buffer[gate] + t * width;
     };
     chain.begin(pieces.rows, width, reset);
-    recur<true>(chain, reset, q.reset_step, carry, q.turn, [&]() MINRNN_LAMBDA {
+    recur<Op, true>(chain, reset, q.reset_step, carry, q.turn, [&]() MINRNN_LAMBDA {
       pieces.for_each([&](int64_t t, int64_t j0, int64_t count) MINRNN_LAMBDA {
         const bool starts = reset && reset[t * q.reset_step];
         const C* __restrict p = states_before(to, starts, first + t, j0, width, count, copy);

@@ -18,7 +18,7 @@ struct Lines {
   Lines(int64_t sequences_, int64_t D_) : sequences(sequences_), D(D_) {
     blocks = std::max<int64_t>(1, (D + tile_numbers - 1) / tile_numbers);
     constexpr int64_t cache_line = 16;
-    width = (D / blocks + cache_line - 1) / cache_line * cache_line;
+    width = (D + blocks * cache_line - 1) / (blocks * cache_line) * cache_line;
     width = std::max<int64_t>(1, std::min(width, tile_numbers));
     blocks = (D + width - 1) / width;
   }
