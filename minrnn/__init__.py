@@ -7,7 +7,9 @@ from minrnn.data.batch import Batch as Batch
 from minrnn.data.tokenizers import Bytes as Bytes
 from minrnn.data.tokenizers import Characters as Characters
 from minrnn.layers import MinGRU as MinGRU
+from minrnn.layers import MinGRUCell as MinGRUCell
 from minrnn.layers import MinLSTM as MinLSTM
+from minrnn.layers import MinLSTMCell as MinLSTMCell
 from minrnn.models import LanguageModel as LanguageModel
 from minrnn.models import ModelConfig as ModelConfig
 from minrnn.ops import mingru as mingru

@@ -8,11 +8,11 @@ one after the last; a d in front is a gradient.
 Here they are described and their arguments checked; `operators.py` defines them for torch.
 """
 
-import torch
 from torch import Tensor
 
 from minrnn.ops import operators as operators  # defines torch.ops.minrnn
 from minrnn.ops.checks import check_gates, check_layout
+from minrnn.ops.transforms import call
 
 __all__ = ["mingru", "minlstm", "scan"]
 
@@ -55,6 +55,7 @@ def scan(
         NotImplementedError: an argument carries a forward-mode tangent.
 
     Example:
+        >>> import torch
         >>> a, b = torch.full((1, 4, 1), 0.5), torch.ones(1, 4, 1)
         >>> h, h_T = scan(a, b)
         >>> h.flatten().tolist()
@@ -65,7 +66,7 @@ def scan(
     """
     check_gates({"a": a, "b": b})
     check_layout(a, h0, reset, cu_seqlens)
-    return torch.ops.minrnn.scan(a, b, h0, reset, cu_seqlens, reverse)
+    return call("scan", a, b, h0, reset, cu_seqlens, reverse)
 
 
 def mingru(
@@ -109,6 +110,7 @@ def mingru(
         NotImplementedError: an argument carries a forward-mode tangent.
 
     Example:
+        >>> import torch
         >>> k = torch.zeros(1, 3, 1)                     # every gate half open
         >>> v = torch.tensor([[[2.0], [4.0], [8.0]]])
         >>> h, h_T = mingru(k, v, candidate="identity")
@@ -117,7 +119,7 @@ def mingru(
     """
     check_gates({"k": k, "v": v}, candidate)
     check_layout(k, h0, reset, cu_seqlens)
-    return torch.ops.minrnn.mingru(k, v, h0, candidate, reset, cu_seqlens, reverse)
+    return call("mingru", k, v, h0, candidate, reset, cu_seqlens, reverse)
 
 
 def minlstm(
@@ -164,6 +166,7 @@ def minlstm(
         NotImplementedError: an argument carries a forward-mode tangent.
 
     Example:
+        >>> import torch
         >>> f = i = torch.zeros(1, 3, 1)                 # equal gates: f' = i' = 1/2
         >>> v = torch.tensor([[[2.0], [4.0], [8.0]]])
         >>> minlstm(f, i, v, candidate="identity")[0].flatten().tolist()
@@ -171,25 +174,43 @@ def minlstm(
     """
     check_gates({"f": f, "i": i, "v": v}, candidate)
     check_layout(f, h0, reset, cu_seqlens)
-    return torch.ops.minrnn.minlstm(f, i, v, h0, candidate, normalized, reset, cu_seqlens, reverse)
+    return call("minlstm", f, i, v, h0, candidate, normalized, reset, cu_seqlens, reverse)
 
 
 def mingru_fused(
-    gates: Tensor, h0: Tensor | None, candidate: str, reset: Tensor | None
+    gates: Tensor,
+    h0: Tensor | None,
+    candidate: str,
+    *,
+    time_first: bool,
+    reset: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`mingru` over k and v side by side in one tensor (B, T, 2 * D), as one projection gives them.
+    """`mingru` over k and v side by side, (B, T, 2 * D), or (T, B, 2 * D) with `time_first`.
 
-    The gradient comes in one tensor, too: nothing is cut or joined by a copy. For the layers.
+    h, `reset` and the gradient have that layout, too: nothing is cut, joined or transposed by a
+    copy. For the layers.
     """
     check_gates({"gates": gates}, candidate)
-    check_layout(gates, h0, reset, None, fused=2)
-    return torch.ops.minrnn.mingru_fused(gates, h0, candidate, reset, None, False)
+    check_layout(gates, h0, reset, cu_seqlens, fused=2, time_first=time_first)
+    return call("mingru_fused", gates, h0, candidate, time_first, reset, cu_seqlens, reverse)
 
 
 def minlstm_fused(
-    gates: Tensor, h0: Tensor | None, candidate: str, normalized: bool, reset: Tensor | None
+    gates: Tensor,
+    h0: Tensor | None,
+    candidate: str,
+    normalized: bool,
+    *,
+    time_first: bool,
+    reset: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`minlstm` over f, i and v side by side in one tensor (B, T, 3 * D), as `mingru_fused`."""
+    """`minlstm` over f, i and v side by side, (B, T, 3 * D) or (T, B, 3 * D), as `mingru_fused`."""
     check_gates({"gates": gates}, candidate)
-    check_layout(gates, h0, reset, None, fused=3)
-    return torch.ops.minrnn.minlstm_fused(gates, h0, candidate, normalized, reset, None, False)
+    check_layout(gates, h0, reset, cu_seqlens, fused=3, time_first=time_first)
+    return call(
+        "minlstm_fused", gates, h0, candidate, normalized, time_first, reset, cu_seqlens, reverse
+    )

@@ -36,9 +36,12 @@ def check_layout(
     reset: Tensor | None,
     cu_seqlens: Tensor | None,
     fused: int = 1,
+    time_first: bool = False,
 ) -> None:
     """`h0`, `reset` and `cu_seqlens` as they must be beside `x`, which holds `fused` gates."""
     B, T, D = x.shape[0], x.shape[1], x.shape[2] // fused
+    if time_first:
+        B, T = T, B
     rows, rows_name = B, "(B, D)"
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, B, T)
@@ -55,7 +58,7 @@ def check_layout(
         check_tensor("reset", reset)
         if reset.dtype != torch.bool:
             raise TypeError(f"`reset` must have dtype torch.bool, got {reset.dtype}")
-        check_shape("reset", reset, "(B, T)", (B, T))
+        check_shape("reset", reset, "(T, B)" if time_first else "(B, T)", tuple(x.shape[:2]))
         _check_device("reset", reset, x)
 
 

@@ -2,9 +2,10 @@
 
 Each operator is `minrnn::name` and `minrnn::name_backward`. Pure torch serves every device; a
 compiled kernel takes over where there is one, and torch's dispatcher picks it. `mingru` and
-`minlstm` come a second time as `name_fused`: their gates side by side in one tensor, (B, T, n * D),
-as one projection gives them, and their gradient likewise, so that nothing is cut or joined by a
-copy. The arguments of all: gates (Tensor ...), h0, options, reset, cu_seqlens, reverse.
+`minlstm` come a second time as `name_fused`: their gates side by side in one tensor, (B, T, n * D)
+or (T, B, n * D), as one projection gives them, and their gradient likewise, so that nothing is
+cut, joined or transposed by a copy. The arguments of all: gates (Tensor ...), h0, options, reset,
+cu_seqlens, reverse.
 """
 
 import warnings
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.ops import torch_kernels
+from minrnn.ops import torch_kernels, transforms
 
 _Kernel = Callable[..., tuple[Tensor, ...]]
 
@@ -44,17 +45,31 @@ class _Operator:
 
 
 def _fused(name: str, options: str, num: int) -> _Operator:
+    """Gates side by side, and time first if the last option says so: (T, B, num * D)."""
     forward = getattr(torch_kernels, name)
     backward = getattr(torch_kernels, f"{name}_backward")
 
-    def run(gates: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return forward(*gates.chunk(num, dim=-1), *args)
+    def run(gates: Tensor, h0: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+        *options, time_first, reset, cu_seqlens, reverse = args
+        gates, reset = (_swap(x, time_first) for x in (gates, reset))
+        h, h_T = forward(*gates.chunk(num, dim=-1), h0, *options, reset, cu_seqlens, reverse)
+        return _swap(h, time_first), h_T
 
-    def run_backward(dh: Tensor, dh_T: Tensor, gates: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        *grads, dh0 = backward(dh, dh_T, *gates.chunk(num, dim=-1), *args)
-        return torch.cat(grads, dim=-1), dh0
+    def run_backward(
+        dh: Tensor, dh_T: Tensor, gates: Tensor, h0: Tensor | None, h: Tensor, *args: Any
+    ) -> tuple[Tensor, ...]:
+        *options, time_first, reset, cu_seqlens, reverse = args
+        dh, gates, h, reset = (_swap(x, time_first) for x in (dh, gates, h, reset))
+        layout = (reset, cu_seqlens, reverse)
+        *grads, dh0 = backward(dh, dh_T, *gates.chunk(num, dim=-1), h0, h, *options, *layout)
+        return _swap(torch.cat(grads, dim=-1), time_first), dh0
 
+    options = f"{options}bool time_first, "
     return _Operator(f"{name}_fused", "gates", "gates", options, run, run_backward, num)
+
+
+def _swap(x: Any, time_first: bool) -> Any:
+    return x if x is None or not time_first else x.transpose(0, 1)
 
 
 _GRU, _LSTM = "str candidate, ", "str candidate, bool normalized, "
@@ -109,11 +124,12 @@ def _contiguous(kernel: _Kernel) -> _Kernel:
 def _register_shapes(op: _Operator) -> None:
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         gate, h0, cu_seqlens = args[0], args[op.num_gates], args[-2]
-        B, T, D = gate.shape[0], gate.shape[1], gate.shape[2] // op.fused
+        D = gate.shape[2] // op.fused
+        B = gate.shape[1 if op.fused > 1 and args[-4] else 0]
         rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
         assert h0 is None or h0.shape[0] == rows
-        return gate.new_empty(B, T, D), gate.new_empty(rows, D, dtype=state_dtype)
+        return gate.new_empty(*gate.shape[:2], D), gate.new_empty(rows, D, dtype=state_dtype)
 
     def backward(dh: Tensor, dh_T: Tensor, *args: Any) -> tuple[Tensor, ...]:
         gate, h0 = args[0], args[op.num_saved]
@@ -141,6 +157,9 @@ def _register_gradient(op: _Operator) -> None:
 
     torch.library.register_autograd(
         f"minrnn::{op.name}", backward, setup_context=setup, lib=_library
+    )
+    transforms.define(
+        op.name, op.num_gates, setup, op.backward, lambda args: op.fused > 1 and args[-4]
     )
 
 

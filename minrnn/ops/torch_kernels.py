@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from minrnn.ops import scans
+from minrnn.ops import scans, transforms
 
 _Grads = tuple[Tensor, Tensor, Tensor]
 
@@ -62,7 +62,7 @@ def scan_backward(
         open_end = reset.new_zeros(dh_T.shape[0], 1)
         later = _shift(reset[..., None], open_end, cu_seqlens, not reverse)[..., 0]
     a_later = _shift(a, torch.ones_like(dh_T), cu_seqlens, not reverse)
-    g, g_first = torch.ops.minrnn.scan(a_later, dh, dh_T, later, cu_seqlens, not reverse)
+    g, g_first = transforms.call("scan", a_later, dh, dh_T, later, cu_seqlens, not reverse)
     dh0 = _through_first_step(g_first, dh_T, a, reset, cu_seqlens, reverse)
     return (g * before).to(dtype), g.to(dtype), dh0.to(dtype_h0)
 
@@ -80,7 +80,7 @@ def mingru(
     dtype = k.dtype
     k, v = widen(k), widen(v)
     b = torch.sigmoid(k) * _candidate(v, candidate)
-    h, h_T = torch.ops.minrnn.scan(torch.sigmoid(-k), b, h0, reset, cu_seqlens, reverse)
+    h, h_T = transforms.call("scan", torch.sigmoid(-k), b, h0, reset, cu_seqlens, reverse)
     return h.to(dtype), h_T
 
 
@@ -122,7 +122,7 @@ def minlstm(
     f, i, v = widen(f), widen(i), widen(v)
     a, open_gate = _gates(f, i, normalized)
     b = open_gate * _candidate(v, candidate)
-    h, h_T = torch.ops.minrnn.scan(a, b, h0, reset, cu_seqlens, reverse)
+    h, h_T = transforms.call("scan", a, b, h0, reset, cu_seqlens, reverse)
     return h.to(dtype), h_T
 
 
@@ -204,7 +204,7 @@ def _packed(
         takes = first[:, None] if reset is None else (first & ~reset[0])[:, None]
         b = torch.where(takes, torch.addcmul(b, a, h0[owner]), b)
     cut = first[None] if reset is None else first | reset
-    return torch.ops.minrnn.scan(a, b, None, cut, None, reverse)[0]
+    return transforms.call("scan", a, b, None, cut, None, reverse)[0]
 
 
 def _last_of_each(h: Tensor, h0: Tensor | None, cu_seqlens: Tensor, reverse: bool) -> Tensor:

@@ -136,14 +136,13 @@ std::vector<Tensor> checked(std::vector<Tensor> gates) {
   return gates;
 }
 
-std::tuple<Tensor, Tensor> run_forward(Formula formula, std::vector<Tensor> gates,
-                                       const MaybeTensor& h0, const Layout& layout) {
+// Writes h (B, T, D), whatever its strides; returns h_T.
+Tensor run_forward(Formula formula, std::vector<Tensor> gates, const Tensor& h,
+                   const MaybeTensor& h0, const Layout& layout) {
   gates = checked(std::move(gates));
   const ScalarType dtype = gates[0].scalar_type();
-  const int64_t B = gates[0].size(0), T = gates[0].size(1), D = gates[0].size(2);
-  const int64_t rows = layout.num_sequences();
+  const int64_t D = gates[0].size(2), rows = layout.num_sequences();
   const MaybeTensor before = as_state(h0, dtype, rows, D);
-  Tensor h = torch::stable::new_empty(gates[0], {B, T, D});
   Tensor h_T = before ? torch::stable::clone(*before)
                       : torch::stable::new_zeros(gates[0], {rows, D}, state_type(dtype));
   const auto length = [&](int64_t n) { return layout.length(n); };
@@ -151,14 +150,15 @@ std::tuple<Tensor, Tensor> run_forward(Formula formula, std::vector<Tensor> gate
     using S = decltype(type);
     using C = typename Compute<S>::type;
     const auto kernel = entries<S>(formula).forward;
-    S* to = static_cast<S*>(h.mutable_data_ptr());
+    S* to = static_cast<S*>(const_cast<Tensor&>(h).mutable_data_ptr());
     C* state = static_cast<C*>(h_T.mutable_data_ptr());
     share_out(Lines(rows, D), length, false, [&](const Share& share) {
-      kernel(layout.stretch<S>(share, gates), to + layout.offset(share, T * D, D) + share.c,
-             layout.direction() * D, state + share.n * D + share.c);
+      kernel(layout.stretch<S>(share, gates),
+             to + layout.offset(share, h.stride(0), h.stride(1)) + share.c,
+             layout.direction() * h.stride(1), state + share.n * D + share.c);
     });
   });
-  return {h, h_T};
+  return h_T;
 }
 
 // The gates that lie side by side in one tensor (B, T, num * D): views of it.
@@ -218,17 +218,63 @@ Tensor run_backward(Formula formula, const Tensor& dh, const Tensor& dh_T,
   return h0 ? torch::stable::to(carry, h0->scalar_type()) : carry;
 }
 
-// Empty gradients, one for each gate.
-std::vector<Tensor> new_grads(const Tensor& h, int num) {
+Tensor new_like(const Tensor& x) {
+  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+}
+
+// Gates that are tensors of their own: h and h_T.
+std::tuple<Tensor, Tensor> forward_apart(Formula formula, std::vector<Tensor> gates,
+                                         const MaybeTensor& h0, const Layout& layout) {
+  STD_TORCH_CHECK(gates[0].dim() == 3, "gates must have shape (B, T, D)");
+  const Tensor h = new_like(gates[0]);
+  return {h, run_forward(formula, std::move(gates), h, h0, layout)};
+}
+
+// The gradient of each gate, and dh0.
+std::vector<Tensor> backward_apart(Formula formula, const Tensor& dh, const Tensor& dh_T,
+                                   std::vector<Tensor> gates, int num_grads,
+                                   const MaybeTensor& h0, const Tensor& h, const Layout& layout) {
   std::vector<Tensor> grads;
-  for (int gate = 0; gate < num; ++gate)
-    grads.push_back(torch::stable::new_empty(h, {h.size(0), h.size(1), h.size(2)}));
+  for (int gate = 0; gate < num_grads; ++gate) grads.push_back(new_like(h));
+  const Tensor dh0 = run_backward(formula, dh, dh_T, std::move(gates), grads, h0, h, layout);
+  grads.push_back(dh0);
   return grads;
 }
 
-// The same side by side, for gates that were: one tensor, written in place.
-Tensor new_fused_grad(const Tensor& h, int64_t num) {
-  return torch::stable::new_empty(h, {h.size(0), h.size(1), num * h.size(2)});
+// (B, T, ...) of what is (T, B, ...) if `time_first`: a view.
+Tensor batch_first(const Tensor& x, bool time_first) {
+  STD_TORCH_CHECK(x.dim() >= 2, "expected an axis for time and one for the batch");
+  return time_first ? torch::stable::transpose(x, 0, 1) : x;
+}
+
+MaybeTensor batch_first(const MaybeTensor& x, bool time_first) {
+  return x ? MaybeTensor(batch_first(*x, time_first)) : x;
+}
+
+// Gates side by side, time or batch first: h likewise, and h_T.
+std::tuple<Tensor, Tensor> forward_fused(Formula formula, int64_t num, const Tensor& fused,
+                                         const MaybeTensor& h0, bool time_first,
+                                         const MaybeTensor& reset, const MaybeTensor& cu_seqlens,
+                                         bool reverse) {
+  const auto gates = split(batch_first(fused, time_first), num);
+  const Tensor h = torch::stable::new_empty(fused, {fused.size(0), fused.size(1), gates[0].size(2)});
+  const Layout layout(gates[0], batch_first(reset, time_first), cu_seqlens, reverse);
+  return {h, run_forward(formula, gates, batch_first(h, time_first), h0, layout)};
+}
+
+// Their gradient in one tensor, and dh0.
+std::tuple<Tensor, Tensor> backward_fused(Formula formula, int64_t num, const Tensor& dh,
+                                          const Tensor& dh_T, const Tensor& fused,
+                                          const MaybeTensor& h0, const Tensor& h, bool time_first,
+                                          const MaybeTensor& reset, const MaybeTensor& cu_seqlens,
+                                          bool reverse) {
+  const auto gates = split(batch_first(fused, time_first), num);
+  const Tensor grad = new_like(fused);
+  const Layout layout(gates[0], batch_first(reset, time_first), cu_seqlens, reverse);
+  const Tensor dh0 =
+      run_backward(formula, batch_first(dh, time_first), dh_T, gates,
+                   split(batch_first(grad, time_first), num), h0, batch_first(h, time_first), layout);
+  return {grad, dh0};
 }
 
 Formula minlstm_formula(const std::string& candidate, bool normalized) {
@@ -239,85 +285,78 @@ Formula minlstm_formula(const std::string& candidate, bool normalized) {
 
 std::tuple<Tensor, Tensor> scan(Tensor a, Tensor b, MaybeTensor h0, MaybeTensor reset,
                                 MaybeTensor cu_seqlens, bool reverse) {
-  return run_forward({Formula::scan, Candidate::g}, {a, b}, h0,
-                     Layout(a, reset, cu_seqlens, reverse));
-}
-
-std::tuple<Tensor, Tensor> mingru(Tensor k, Tensor v, MaybeTensor h0, std::string candidate,
-                                  MaybeTensor reset, MaybeTensor cu_seqlens, bool reverse) {
-  return run_forward({Formula::mingru, candidate_named(candidate)}, {k, v}, h0,
-                     Layout(k, reset, cu_seqlens, reverse));
-}
-
-std::tuple<Tensor, Tensor> minlstm(Tensor f, Tensor i, Tensor v, MaybeTensor h0,
-                                   std::string candidate, bool normalized, MaybeTensor reset,
-                                   MaybeTensor cu_seqlens, bool reverse) {
-  return run_forward(minlstm_formula(candidate, normalized), {f, i, v}, h0,
-                     Layout(f, reset, cu_seqlens, reverse));
-}
-
-std::tuple<Tensor, Tensor> mingru_fused(Tensor gates, MaybeTensor h0, std::string candidate,
-                                        MaybeTensor reset, MaybeTensor cu_seqlens, bool reverse) {
-  return run_forward({Formula::mingru, candidate_named(candidate)}, split(gates, 2), h0,
-                     Layout(gates, reset, cu_seqlens, reverse));
-}
-
-std::tuple<Tensor, Tensor> minlstm_fused(Tensor gates, MaybeTensor h0, std::string candidate,
-                                         bool normalized, MaybeTensor reset,
-                                         MaybeTensor cu_seqlens, bool reverse) {
-  return run_forward(minlstm_formula(candidate, normalized), split(gates, 3), h0,
-                     Layout(gates, reset, cu_seqlens, reverse));
+  return forward_apart({Formula::scan, Candidate::g}, {a, b}, h0,
+                       Layout(a, reset, cu_seqlens, reverse));
 }
 
 std::tuple<Tensor, Tensor, Tensor> scan_backward(Tensor dh, Tensor dh_T, Tensor a, MaybeTensor h0,
                                                  Tensor h, MaybeTensor reset,
                                                  MaybeTensor cu_seqlens, bool reverse) {
-  const auto grads = new_grads(h, 2);
-  const Tensor dh0 = run_backward({Formula::scan, Candidate::g}, dh, dh_T, {a}, grads, h0, h,
-                                  Layout(a, reset, cu_seqlens, reverse));
-  return {grads[0], grads[1], dh0};
+  const auto grads = backward_apart({Formula::scan, Candidate::g}, dh, dh_T, {a}, 2, h0, h,
+                                    Layout(a, reset, cu_seqlens, reverse));
+  return {grads[0], grads[1], grads[2]};
+}
+
+std::tuple<Tensor, Tensor> mingru(Tensor k, Tensor v, MaybeTensor h0, std::string candidate,
+                                  MaybeTensor reset, MaybeTensor cu_seqlens, bool reverse) {
+  return forward_apart({Formula::mingru, candidate_named(candidate)}, {k, v}, h0,
+                       Layout(k, reset, cu_seqlens, reverse));
 }
 
 std::tuple<Tensor, Tensor, Tensor> mingru_backward(Tensor dh, Tensor dh_T, Tensor k, Tensor v,
                                                    MaybeTensor h0, Tensor h, std::string candidate,
                                                    MaybeTensor reset, MaybeTensor cu_seqlens,
                                                    bool reverse) {
-  const auto grads = new_grads(h, 2);
-  const Tensor dh0 = run_backward({Formula::mingru, candidate_named(candidate)}, dh, dh_T, {k, v},
-                                  grads, h0, h, Layout(k, reset, cu_seqlens, reverse));
-  return {grads[0], grads[1], dh0};
+  const auto grads = backward_apart({Formula::mingru, candidate_named(candidate)}, dh, dh_T,
+                                    {k, v}, 2, h0, h, Layout(k, reset, cu_seqlens, reverse));
+  return {grads[0], grads[1], grads[2]};
+}
+
+std::tuple<Tensor, Tensor> mingru_fused(Tensor gates, MaybeTensor h0, std::string candidate,
+                                        bool time_first, MaybeTensor reset,
+                                        MaybeTensor cu_seqlens, bool reverse) {
+  return forward_fused({Formula::mingru, candidate_named(candidate)}, 2, gates, h0, time_first,
+                       reset, cu_seqlens, reverse);
 }
 
 std::tuple<Tensor, Tensor> mingru_fused_backward(Tensor dh, Tensor dh_T, Tensor gates,
                                                  MaybeTensor h0, Tensor h, std::string candidate,
-                                                 MaybeTensor reset, MaybeTensor cu_seqlens,
-                                                 bool reverse) {
-  const Tensor grad = new_fused_grad(h, 2);
-  const Tensor dh0 = run_backward({Formula::mingru, candidate_named(candidate)}, dh, dh_T,
-                                  split(gates, 2), split(grad, 2), h0, h,
-                                  Layout(gates, reset, cu_seqlens, reverse));
-  return {grad, dh0};
+                                                 bool time_first, MaybeTensor reset,
+                                                 MaybeTensor cu_seqlens, bool reverse) {
+  return backward_fused({Formula::mingru, candidate_named(candidate)}, 2, dh, dh_T, gates, h0, h,
+                        time_first, reset, cu_seqlens, reverse);
+}
+
+std::tuple<Tensor, Tensor> minlstm(Tensor f, Tensor i, Tensor v, MaybeTensor h0,
+                                   std::string candidate, bool normalized, MaybeTensor reset,
+                                   MaybeTensor cu_seqlens, bool reverse) {
+  return forward_apart(minlstm_formula(candidate, normalized), {f, i, v}, h0,
+                       Layout(f, reset, cu_seqlens, reverse));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> minlstm_backward(
     Tensor dh, Tensor dh_T, Tensor f, Tensor i, Tensor v, MaybeTensor h0, Tensor h,
     std::string candidate, bool normalized, MaybeTensor reset, MaybeTensor cu_seqlens,
     bool reverse) {
-  const auto grads = new_grads(h, 3);
-  const Tensor dh0 = run_backward(minlstm_formula(candidate, normalized), dh, dh_T, {f, i, v},
-                                  grads, h0, h, Layout(f, reset, cu_seqlens, reverse));
-  return {grads[0], grads[1], grads[2], dh0};
+  const auto grads = backward_apart(minlstm_formula(candidate, normalized), dh, dh_T, {f, i, v}, 3,
+                                    h0, h, Layout(f, reset, cu_seqlens, reverse));
+  return {grads[0], grads[1], grads[2], grads[3]};
+}
+
+std::tuple<Tensor, Tensor> minlstm_fused(Tensor gates, MaybeTensor h0, std::string candidate,
+                                         bool normalized, bool time_first, MaybeTensor reset,
+                                         MaybeTensor cu_seqlens, bool reverse) {
+  return forward_fused(minlstm_formula(candidate, normalized), 3, gates, h0, time_first, reset,
+                       cu_seqlens, reverse);
 }
 
 std::tuple<Tensor, Tensor> minlstm_fused_backward(Tensor dh, Tensor dh_T, Tensor gates,
                                                   MaybeTensor h0, Tensor h, std::string candidate,
-                                                  bool normalized, MaybeTensor reset,
-                                                  MaybeTensor cu_seqlens, bool reverse) {
-  const Tensor grad = new_fused_grad(h, 3);
-  const Tensor dh0 = run_backward(minlstm_formula(candidate, normalized), dh, dh_T,
-                                  split(gates, 3), split(grad, 3), h0, h,
-                                  Layout(gates, reset, cu_seqlens, reverse));
-  return {grad, dh0};
+                                                  bool normalized, bool time_first,
+                                                  MaybeTensor reset, MaybeTensor cu_seqlens,
+                                                  bool reverse) {
+  return backward_fused(minlstm_formula(candidate, normalized), 3, dh, dh_T, gates, h0, h,
+                        time_first, reset, cu_seqlens, reverse);
 }
 
 }  // namespace

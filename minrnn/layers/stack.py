@@ -1,0 +1,292 @@
+"""What MinGRU and MinLSTM share: weights, layers, directions, states; shapes of nn.RNNBase."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from minrnn.layers.packed import EndToEnd
+from minrnn.ops.checks import check_candidate, check_tensor
+
+
+class SizeError(ValueError, RuntimeError):
+    """A size does not fit: a ValueError, and the RuntimeError that torch's layers raise."""
+
+
+class Stack(nn.Module):
+    """Layers of one recurrence, each one fused projection and one operator for each direction."""
+
+    num_gates: int
+    # of the first layer; the names of all end in a suffix of _suffixes()
+    weight_ih_l0: nn.Parameter
+    bias_ih_l0: nn.Parameter | None
+    weight_hr_l0: nn.Parameter | None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: int = 0,
+        candidate: str = "g",
+        learn_h0: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        _check_options(sizes, bias, batch_first, dropout, proj_size)
+        check_candidate(candidate)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
+        self.bidirectional, self.proj_size, self.candidate = bidirectional, proj_size, candidate
+        self.learn_h0 = learn_h0
+        self._build(device, dtype)
+        self.reset_parameters()
+
+    def _build(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        out = self.proj_size or self.hidden_size
+        for n, suffix in enumerate(self._suffixes()):
+            first = n < self._num_directions
+            rows, columns = self.num_gates * self.hidden_size, out * self._num_directions
+            self.register_parameter(
+                f"weight_ih{suffix}", weight(rows, self.input_size if first else columns)
+            )
+            self.register_parameter(f"bias_ih{suffix}", weight(rows) if self.bias else None)
+            projection = weight(self.proj_size, self.hidden_size) if self.proj_size else None
+            self.register_parameter(f"weight_hr{suffix}", projection)
+        states = self.num_layers * self._num_directions
+        self.h_0 = weight(states, self.hidden_size) if self.learn_h0 else None
+
+    @property
+    def _num_directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _suffixes(self) -> list[str]:
+        """Of the weights, in the order of the states: layer by layer, forward before reverse."""
+        ends = ("", "_reverse")[: self._num_directions]
+        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
+
+    def reset_parameters(self) -> None:
+        """Draw each weight uniformly within 1 / sqrt(its fan-in), biases likewise; h_0 is zero."""
+        for suffix in self._suffixes():
+            weight = getattr(self, f"weight_ih{suffix}")
+            bias, projection = (
+                getattr(self, f"bias_ih{suffix}"),
+                getattr(self, f"weight_hr{suffix}"),
+            )
+            for parameter in (weight, bias):
+                if parameter is not None:
+                    nn.init.uniform_(parameter, *bounds(weight.shape[1]))
+            if projection is not None:
+                nn.init.uniform_(projection, *bounds(self.hidden_size))
+        if self.h_0 is not None:
+            nn.init.zeros_(self.h_0)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: torch.nn.GRU has this for cuDNN, and code written for it calls it."""
+
+    def extra_repr(self) -> str:
+        text = f"{self.input_size}, {self.hidden_size}"
+        defaults: dict[str, Any] = {"num_layers": 1, "bias": True, "batch_first": False}
+        defaults |= {"dropout": 0.0, "bidirectional": False, "proj_size": 0, "candidate": "g"}
+        for name, default in (defaults | {"learn_h0": False}).items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)!r}"
+        return text
+
+    def _recur(
+        self,
+        gates: Tensor,
+        h0: Tensor | None,
+        *,
+        time_first: bool,
+        reset: Tensor | None,
+        cu_seqlens: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The operator over the fused pre-activations (..., num_gates * hidden_size)."""
+        raise NotImplementedError
+
+    def _run(
+        self, input: Tensor | PackedSequence, hx: Tensor | None, reset: Any
+    ) -> tuple[Any, Tensor]:
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx, reset)
+        check_tensor("input", input)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"`input` must have 2 or 3 dimensions, got shape {tuple(input.shape)}")
+        self._check_input(input, "(T, input_size)" if input.dim() == 2 else self._symbols())
+        unbatched, batch_axis = input.dim() == 2, 0 if self.batch_first else 1
+        if reset is not None:
+            self._check_reset(reset, input.shape[:-1])
+        if unbatched:
+            # (T, input_size) as a batch of one
+            input = input.unsqueeze(batch_axis)
+            reset = None if reset is None else reset.unsqueeze(batch_axis)
+        h0 = self._first_states(hx, input, input.shape[batch_axis], unbatched)
+        y, h_n = self._layers(input, h0, reset, None, not self.batch_first)
+        return (y.squeeze(batch_axis), h_n.squeeze(1)) if unbatched else (y, h_n)
+
+    def _run_packed(
+        self, input: PackedSequence, hx: Tensor | None, reset: PackedSequence | None
+    ) -> tuple[PackedSequence, Tensor]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if data.dim() != 2:
+            raise SizeError(f"`input` must pack rows (N, input_size), got {tuple(data.shape)}")
+        self._check_input(data, "(N, input_size)")
+        if hx is not None and sorted_indices is not None and hx.dim() == 3:
+            check_tensor("hx", hx)
+            # the longest first, as the steps are
+            self._check_states(hx, int(batch_sizes[0]), unbatched=False)
+            hx = hx.index_select(1, sorted_indices)
+        h0 = self._first_states(hx, data, int(batch_sizes[0]), unbatched=False)
+        layout = EndToEnd.of(batch_sizes, data.device)
+        starts = None
+        if reset is not None:
+            if not isinstance(reset, PackedSequence) or reset.data.shape != data.shape[:1]:
+                raise ValueError("`reset` must be packed like `input`, a bool for each step")
+            starts = layout.lay_out(reset.data)
+        y, h_n = self._layers(layout.lay_out(data), h0, starts, layout.cu_seqlens, False)
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+        return PackedSequence(layout.pack(y), batch_sizes, sorted_indices, unsorted_indices), h_n
+
+    def _layers(
+        self,
+        x: Tensor,
+        h0: Tensor | None,
+        reset: Tensor | None,
+        cu_seqlens: Tensor | None,
+        time_first: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """All layers over x (B, T, ...) or (T, B, ...): the last output, and all last states."""
+        resets = [reset, None]
+        if reset is not None and self.bidirectional:
+            resets[1] = _reset_backwards(reset, cu_seqlens, 0 if time_first else 1)
+        suffixes, states = self._suffixes(), list[Tensor]()
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(self._num_directions):
+                n = layer * self._num_directions + direction
+                weight, bias, projection = (
+                    getattr(self, f"{name}{suffixes[n]}")
+                    for name in ("weight_ih", "bias_ih", "weight_hr")
+                )
+                h, h_T = self._recur(
+                    F.linear(x, weight, bias),
+                    None if h0 is None else h0[n],
+                    time_first=time_first,
+                    reset=resets[direction],
+                    cu_seqlens=cu_seqlens,
+                    reverse=direction == 1,
+                )
+                outputs.append(h if projection is None else F.linear(h, projection))
+                states.append(h_T)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+            if self.dropout and layer + 1 < self.num_layers:
+                x = F.dropout(x, self.dropout, self.training)
+        return x, torch.stack(states)
+
+    def _first_states(
+        self, hx: Tensor | None, input: Tensor, B: int, unbatched: bool
+    ) -> Tensor | None:
+        """(num_layers * directions, B, hidden_size), or None for zeros."""
+        if hx is None:
+            return None if self.h_0 is None else self.h_0[:, None].expand(-1, B, -1)
+        check_tensor("hx", hx)
+        self._check_states(hx, B, unbatched)
+        state = torch.float64 if input.dtype == torch.float64 else torch.float32
+        if hx.dtype not in (input.dtype, state):
+            raise SizeError(f"`hx` must have dtype {input.dtype} or {state}, got {hx.dtype}")
+        if hx.device != input.device:
+            raise SizeError(f"`hx` must be on {input.device} like `input`, got {hx.device}")
+        return hx.unsqueeze(1) if unbatched else hx
+
+    def _check_states(self, hx: Tensor, B: int, unbatched: bool) -> None:
+        count = self.num_layers * self._num_directions
+        sizes = (count, self.hidden_size) if unbatched else (count, B, self.hidden_size)
+        batch = "" if unbatched else "B, "
+        symbols = f"(num_layers * directions, {batch}hidden_size)"
+        if tuple(hx.shape) != sizes:
+            raise SizeError(f"`hx` must have shape {symbols} = {sizes}, got {tuple(hx.shape)}")
+
+    def _check_input(self, input: Tensor, symbols: str) -> None:
+        weight = self.weight_ih_l0
+        if input.shape[-1] != self.input_size:
+            raise SizeError(
+                f"`input` must have shape {symbols} with input_size = {self.input_size}, "
+                f"got {tuple(input.shape)}"
+            )
+        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(
+                f"`input` must have the dtype of the weights, {weight.dtype}, got {input.dtype}"
+            )
+        if input.device != weight.device:
+            raise SizeError(
+                f"`input` must be on {weight.device} like the weights, got {input.device}"
+            )
+
+    def _check_reset(self, reset: Any, sizes: torch.Size) -> None:
+        check_tensor("reset", reset)
+        symbols = "(T,)" if len(sizes) == 1 else "(B, T)" if self.batch_first else "(T, B)"
+        if reset.shape != sizes:
+            sizes_text = f"{symbols} = {tuple(sizes)}"
+            raise ValueError(f"`reset` must have shape {sizes_text}, got {tuple(reset.shape)}")
+
+    def _symbols(self) -> str:
+        return "(B, T, input_size)" if self.batch_first else "(T, B, input_size)"
+
+
+def _reset_backwards(reset: Tensor, cu_seqlens: Tensor | None, time_axis: int) -> Tensor:
+    """Where the reverse direction starts from zeros: at the step before each reset.
+
+    Then nothing passes a border in either direction, and each part is as if it stood alone.
+    """
+    T = reset.shape[time_axis]
+    if T == 0:
+        return reset
+    last = torch.zeros_like(reset.narrow(time_axis, 0, 1))
+    back = torch.cat([reset.narrow(time_axis, 1, T - 1), last], dim=time_axis)
+    # the step after a sequence's last is not its own
+    return back if cu_seqlens is None else back.index_fill(1, cu_seqlens[1:] - 1, False)
+
+
+def _check_options(
+    sizes: dict[str, int], bias: bool, batch_first: bool, dropout: float, proj_size: int
+) -> None:
+    for name, flag in (("bias", bias), ("batch_first", batch_first)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise TypeError(f"`{name}` must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"`{name}` must be >= 1, got {size}")
+    if proj_size < 0:
+        raise ValueError(f"`proj_size` must be >= 0, got {proj_size}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"`dropout` must be a number from 0 to 1, got {dropout!r}")
+    if dropout and sizes["num_layers"] == 1:
+        warnings.warn(
+            f"`dropout` acts between layers: {dropout} does nothing with `num_layers` = 1",
+            stacklevel=4,
+        )
+
+
+def bounds(fan_in: int) -> tuple[float, float]:
+    """Of the uniform distribution that weights are drawn from."""
+    bound = 1 / math.sqrt(fan_in)
+    return -bound, bound
