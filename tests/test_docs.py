@@ -1,5 +1,6 @@
 """What the documents show, run as it stands."""
 
+import doctest
 import re
 from pathlib import Path
 
@@ -19,6 +20,12 @@ def test_readme_examples_run(tmp_path, monkeypatch, capsys) -> None:
     for example in _examples(README):
         exec(compile(example, "README.md", "exec"), names)
     assert "that is the question" in capsys.readouterr().out
+
+
+def test_examples_of_the_migration_run() -> None:
+    result = doctest.testfile(str(ROOT / "docs" / "migrate.md"), module_relative=False)
+    assert result.failed == 0
+    assert result.attempted > 0
 
 
 def test_first_readme_example_is_short() -> None:

@@ -16,7 +16,7 @@ PACKAGE = Path(minrnn.__file__).parent
 # storeys from the bottom up: a module imports from its own storey or from those below
 STOREYS = [
     {"ops", "files", "configs"},
-    {"state"},
+    {"state", "onnx"},
     {"layers"},
     {"mixers"},
     {"blocks"},

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from minrnn import ops
 from minrnn.layers.drop_ins import cell_state
-from minrnn.layers.stack import SizeError, bounds
+from minrnn.layers.stack import SizeError, bounds, check_input, check_sizes, check_state_kind
 from minrnn.ops.checks import check_candidate, check_tensor
 
 
@@ -26,9 +26,7 @@ class _Cell(nn.Module):
         candidate: str = "g",
     ) -> None:
         super().__init__()
-        for name, size in {"input_size": input_size, "hidden_size": hidden_size}.items():
-            if size < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {size}")
+        check_sizes({"input_size": input_size, "hidden_size": hidden_size})
         check_candidate(candidate)
         self.input_size, self.hidden_size = input_size, hidden_size
         self.bias, self.candidate = bias, candidate
@@ -54,19 +52,18 @@ class _Cell(nn.Module):
         check_tensor("input", input)
         if input.dim() not in (1, 2):
             raise ValueError(f"`input` must have 1 or 2 dimensions, got shape {tuple(input.shape)}")
-        if input.shape[-1] != self.input_size:
-            raise SizeError(
-                f"`input` must have shape (B, input_size) with input_size = {self.input_size}, "
-                f"got {tuple(input.shape)}"
-            )
+        check_input(
+            input, self.weight_ih, "(B, input_size)" if input.dim() == 2 else "(input_size,)"
+        )
         if hx is not None:
             check_tensor("hx", hx)
             if hx.dim() not in (1, 2):
                 raise ValueError(f"`hx` must have 1 or 2 dimensions, got shape {tuple(hx.shape)}")
             sizes = (*input.shape[:-1], self.hidden_size)
             if tuple(hx.shape) != sizes:
-                symbols = "(B, hidden_size)"
+                symbols = "(B, hidden_size)" if input.dim() == 2 else "(hidden_size,)"
                 raise SizeError(f"`hx` must have shape {symbols} = {sizes}, got {tuple(hx.shape)}")
+            check_state_kind(hx, input)
             hx = hx if hx.dim() == 2 else hx[None]
         gates = F.linear(input, self.weight_ih, self.bias_ih)
         # (B, 1, num_gates * hidden_size): a sequence of one step

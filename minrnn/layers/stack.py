@@ -14,7 +14,7 @@ from minrnn.ops.checks import check_candidate, check_tensor
 
 
 class SizeError(ValueError, RuntimeError):
-    """A size does not fit: a ValueError, and the RuntimeError that torch's layers raise."""
+    """A tensor does not fit: a ValueError, and the RuntimeError that torch's layers raise."""
 
 
 class Stack(nn.Module):
@@ -45,6 +45,12 @@ class Stack(nn.Module):
         super().__init__()
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
         _check_options(sizes, bias, batch_first, dropout, proj_size)
+        if dropout and num_layers == 1:
+            warnings.warn(
+                f"`dropout` acts between layers: {dropout} does nothing with `num_layers` = 1",
+                # at the line that makes the layer
+                stacklevel=2 if type(self).__init__ is Stack.__init__ else 3,
+            )
         check_candidate(candidate)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
@@ -128,7 +134,8 @@ class Stack(nn.Module):
         check_tensor("input", input)
         if input.dim() not in (2, 3):
             raise ValueError(f"`input` must have 2 or 3 dimensions, got shape {tuple(input.shape)}")
-        self._check_input(input, "(T, input_size)" if input.dim() == 2 else self._symbols())
+        symbols = "(T, input_size)" if input.dim() == 2 else self._symbols()
+        check_input(input, self.weight_ih_l0, symbols)
         unbatched, batch_axis = input.dim() == 2, 0 if self.batch_first else 1
         if reset is not None:
             self._check_reset(reset, input.shape[:-1])
@@ -146,17 +153,19 @@ class Stack(nn.Module):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if data.dim() != 2:
             raise SizeError(f"`input` must pack rows (N, input_size), got {tuple(data.shape)}")
-        self._check_input(data, "(N, input_size)")
-        if hx is not None and sorted_indices is not None and hx.dim() == 3:
+        check_input(data, self.weight_ih_l0, "(N, input_size)")
+        if hx is not None and sorted_indices is not None:
             check_tensor("hx", hx)
-            # the longest first, as the steps are
             self._check_states(hx, int(batch_sizes[0]), unbatched=False)
+            check_state_kind(hx, data)
+            # the longest first, as the steps are
             hx = hx.index_select(1, sorted_indices)
         h0 = self._first_states(hx, data, int(batch_sizes[0]), unbatched=False)
         layout = EndToEnd.of(batch_sizes, data.device)
         starts = None
         if reset is not None:
-            if not isinstance(reset, PackedSequence) or reset.data.shape != data.shape[:1]:
+            packed = isinstance(reset, PackedSequence) and reset.data.shape == data.shape[:1]
+            if not packed or not torch.equal(reset.batch_sizes, batch_sizes):
                 raise ValueError("`reset` must be packed like `input`, a bool for each step")
             starts = layout.lay_out(reset.data)
         y, h_n = self._layers(layout.lay_out(data), h0, starts, layout.cu_seqlens, False)
@@ -176,7 +185,8 @@ class Stack(nn.Module):
         resets = [reset, None]
         if reset is not None and self.bidirectional:
             resets[1] = _reset_backwards(reset, cu_seqlens, 0 if time_first else 1)
-        suffixes, states = self._suffixes(), list[Tensor]()
+        suffixes = self._suffixes()
+        states: list[Tensor] = []
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(self._num_directions):
@@ -208,11 +218,7 @@ class Stack(nn.Module):
             return None if self.h_0 is None else self.h_0[:, None].expand(-1, B, -1)
         check_tensor("hx", hx)
         self._check_states(hx, B, unbatched)
-        state = torch.float64 if input.dtype == torch.float64 else torch.float32
-        if hx.dtype not in (input.dtype, state):
-            raise SizeError(f"`hx` must have dtype {input.dtype} or {state}, got {hx.dtype}")
-        if hx.device != input.device:
-            raise SizeError(f"`hx` must be on {input.device} like `input`, got {hx.device}")
+        check_state_kind(hx, input)
         return hx.unsqueeze(1) if unbatched else hx
 
     def _check_states(self, hx: Tensor, B: int, unbatched: bool) -> None:
@@ -222,22 +228,6 @@ class Stack(nn.Module):
         symbols = f"(num_layers * directions, {batch}hidden_size)"
         if tuple(hx.shape) != sizes:
             raise SizeError(f"`hx` must have shape {symbols} = {sizes}, got {tuple(hx.shape)}")
-
-    def _check_input(self, input: Tensor, symbols: str) -> None:
-        weight = self.weight_ih_l0
-        if input.shape[-1] != self.input_size:
-            raise SizeError(
-                f"`input` must have shape {symbols} with input_size = {self.input_size}, "
-                f"got {tuple(input.shape)}"
-            )
-        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise ValueError(
-                f"`input` must have the dtype of the weights, {weight.dtype}, got {input.dtype}"
-            )
-        if input.device != weight.device:
-            raise SizeError(
-                f"`input` must be on {weight.device} like the weights, got {input.device}"
-            )
 
     def _check_reset(self, reset: Any, sizes: torch.Size) -> None:
         check_tensor("reset", reset)
@@ -264,26 +254,50 @@ def _reset_backwards(reset: Tensor, cu_seqlens: Tensor | None, time_axis: int) -
     return back if cu_seqlens is None else back.index_fill(1, cu_seqlens[1:] - 1, False)
 
 
+def check_sizes(sizes: dict[str, int], at_least: int = 1) -> None:
+    """Each an int that is large enough."""
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise TypeError(f"`{name}` must be an int, got {type(size).__name__}")
+        if size < at_least:
+            raise ValueError(f"`{name}` must be >= {at_least}, got {size}")
+
+
+def check_input(input: Tensor, weight: Tensor, symbols: str) -> None:
+    """`input` has the features, dtype and device of the first layer's weight."""
+    if input.shape[-1] != weight.shape[1]:
+        raise SizeError(
+            f"`input` must have shape {symbols} with input_size = {weight.shape[1]}, "
+            f"got {tuple(input.shape)}"
+        )
+    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise SizeError(
+            f"`input` must have the dtype of the weights, {weight.dtype}, got {input.dtype}"
+        )
+    if input.device != weight.device:
+        raise SizeError(f"`input` must be on {weight.device} like the weights, got {input.device}")
+
+
+def check_state_kind(hx: Tensor, input: Tensor) -> None:
+    """`hx` has the dtype of `input` or of the state, and its device."""
+    state = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if hx.dtype not in (input.dtype, state):
+        known = " or ".join(dict.fromkeys((str(input.dtype), str(state))))
+        raise SizeError(f"`hx` must have dtype {known}, got {hx.dtype}")
+    if hx.device != input.device:
+        raise SizeError(f"`hx` must be on {input.device} like `input`, got {hx.device}")
+
+
 def _check_options(
     sizes: dict[str, int], bias: bool, batch_first: bool, dropout: float, proj_size: int
 ) -> None:
     for name, flag in (("bias", bias), ("batch_first", batch_first)):
         if not isinstance(flag, bool):
             raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
-    for name, size in sizes.items():
-        if not isinstance(size, int):
-            raise TypeError(f"`{name}` must be an int, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"`{name}` must be >= 1, got {size}")
-    if proj_size < 0:
-        raise ValueError(f"`proj_size` must be >= 0, got {proj_size}")
+    check_sizes(sizes)
+    check_sizes({"proj_size": proj_size}, at_least=0)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
         raise ValueError(f"`dropout` must be a number from 0 to 1, got {dropout!r}")
-    if dropout and sizes["num_layers"] == 1:
-        warnings.warn(
-            f"`dropout` acts between layers: {dropout} does nothing with `num_layers` = 1",
-            stacklevel=4,
-        )
 
 
 def bounds(fan_in: int) -> tuple[float, float]:
