@@ -201,7 +201,7 @@ def operator(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor]:
         gates, h0 = torch.cat(args[:num], dim=2), args[num]
         layout = (reset, cu_seqlens, reverse)
-        return getattr(torch.ops.minrnn, name)(gates, h0, *options.values(), *layout)
+        return getattr(torch.ops.minrnn, name)(gates, h0, *options.values(), False, *layout)
 
     return joined
 

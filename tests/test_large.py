@@ -53,7 +53,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
 
 FUSED = torch.ops.minrnn.mingru_fused
 FUSED_BACKWARD = torch.ops.minrnn.mingru_fused_backward
-OPTIONS = ("g", None, None, False)
+OPTIONS = ("g", False, None, None, False)
 # steps whose numbers are compared: after as many, nothing is left of the state before them
 SOME = 4096
 

@@ -53,7 +53,7 @@ def test_direct_calls_cannot_reach_foreign_memory() -> None:
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_operator_refuses_what_is_no_row_of_gates(name: str) -> None:
     num = len(GATES[FUSED[name]])
-    options = ("g",) if num == 2 else ("g", True)
+    options = ("g", False) if num == 2 else ("g", True, False)
     op, backward = getattr(OPS, name), getattr(OPS, f"{name}_backward")
     h, h_T = torch.zeros(1, 4, 3), torch.zeros(1, 3)
     wanted = rf"gates must have shape \(B, T, {num} \* D\)"

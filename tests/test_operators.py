@@ -38,7 +38,10 @@ def test_fused_function_is_the_operator_over_cut_gates(backend, name):
     inputs = make_inputs(name, Case(float32, 2, 40, 5, "as the layers call it", reset=True))
     gates = torch.cat(list(inputs.gates.values()), dim=2)
     options = ["g"] if plain == "mingru" else ["g", True]
-    fused = getattr(ops, name)(gates, inputs.h0, *options, inputs.options["reset"])
+    layout = {"time_first": False, "cu_seqlens": None, "reverse": False}
+    fused = getattr(ops, name)(
+        gates, inputs.h0, *options, reset=inputs.options["reset"], **layout
+    )
     whole = getattr(ops, plain)(*inputs.gates.values(), inputs.h0, reset=inputs.options["reset"])
     assert all(torch.equal(x, y) for x, y in zip(fused, whole, strict=True))
 
@@ -57,7 +60,7 @@ LAYOUTS = {
 def test_fused_gates_may_have_any_strides(backend, name, D, layout):
     num = len(GATES[FUSED[name]])
     gates = torch.randn(3, 200, num * D)
-    options = ("g",) if num == 2 else ("g", True)
+    options = ("g", False) if num == 2 else ("g", True, False)
     found = []
     for x in (gates, LAYOUTS[layout](gates)):
         leaf = x.detach().requires_grad_()
@@ -66,6 +69,25 @@ def test_fused_gates_may_have_any_strides(backend, name, D, layout):
         found.append([h, h_T, *torch.autograd.grad(loss, leaf)])
     for x, y in zip(*found, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_time_first_is_the_same_transposed(backend, name, reverse):
+    options = ("g",) if name == "mingru_fused" else ("g", True)
+    gates = torch.randn(3, 50, len(GATES[FUSED[name]]) * 4)
+    h0, reset = torch.randn(3, 4), torch.rand(3, 50) < 0.1
+    found = []
+    for time_first in (False, True):
+        x, starts = (t.transpose(0, 1).contiguous() if time_first else t for t in (gates, reset))
+        leaves = [x.requires_grad_(), h0.clone().requires_grad_()]
+        h, h_T = getattr(OPS, name)(*leaves, *options, time_first, starts, None, reverse)
+        assert h.is_contiguous()
+        grad, dh0 = torch.autograd.grad(h.square().sum() + h_T.sum(), leaves)
+        h, grad = (t.transpose(0, 1) if time_first else t for t in (h, grad))
+        found.append([h, h_T, grad, dh0])
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
 
 
 # trap 17
@@ -131,15 +153,15 @@ def test_compile_takes_the_whole_graph(backend, case):
 @pytest.mark.parametrize("name", FUSED)
 def test_compile_takes_fused_gates(backend, name):
     options = ("g",) if name == "mingru_fused" else ("g", False)
-    reset = torch.rand(2, 5) < 0.3
-    x = torch.randn(2, 5, 6 * 3)[:, :, 6 : 6 + 6]
+    reset = torch.rand(5, 2) < 0.3
+    x = torch.randn(5, 2, 6 * 3)[:, :, 6 : 6 + 6]
     found = []
     for op in (
         getattr(backend.ops, name),
         torch.compile(getattr(backend.ops, name), fullgraph=True),
     ):
         leaf = x.detach().requires_grad_()
-        h, h_T = op(leaf, None, *options, reset)
+        h, h_T = op(leaf, None, *options, time_first=True, reset=reset, cu_seqlens=None, reverse=False)
         found.append([h, h_T, *torch.autograd.grad(h.square().sum() + h_T.sum(), leaf)])
     for actual, wanted in zip(*found, strict=True):
         assert torch.equal(actual, wanted)
