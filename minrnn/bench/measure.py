@@ -24,8 +24,8 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 200
 TURN = 2e-3
 # from here on a call is slow: nothing goes before it untimed, and its trial counts as a round
 SLOW = 0.1
-# a call that takes longer has its trial as its only round
-ONCE = 2.0
+# and from here on one round behind the trial is enough
+ONCE = 8.0
 # bytes that a scan, cell or addition must move for each float32 element
 FORWARD_BYTES = {"scan": 12, "mingru": 12, "minlstm": 16, "add": 12}
 # the backward pass reads dh, h and what the gradient needs, and writes a gradient for each input
@@ -87,11 +87,11 @@ def interleave(
     a slow one in fewer, spread evenly over all. Before the clock starts in a turn the call runs
     once untimed, so that caches and the allocator are as it left them itself, not as the one
     before it did. Not if it takes longer than `SLOW`: then that matters little, and the trial
-    counts as its first round. Longer than `ONCE`, it is the only one.
+    counts as its first round. Longer than `ONCE`, it has one round in all, behind the trial.
 
     Args:
         calls: what to time, by name, in the order of a round.
-        seconds: about how long each of them may be timed in all; at least three rounds are run.
+        seconds: about how long each of them may be timed in all; it is three rounds at least.
         clock: gives the time in seconds.
 
     Returns:
@@ -108,7 +108,7 @@ def interleave(
             torch.set_num_threads(call.threads or threads)
             trial = _turn(call.run, 1, clock)
             trials[name] = trial.seconds
-            if trial.seconds >= SLOW:
+            if SLOW <= trial.seconds < ONCE:
                 taken[name].append(trial)
         shares = {name: _rounds(trial, seconds) for name, trial in trials.items()}
         total = max(shares.values(), default=0)
@@ -144,7 +144,7 @@ def _repeats(trial: float) -> int:
 def _rounds(trial: float, seconds: float) -> int:
     """The rounds behind the trial."""
     if trial >= ONCE:
-        return 0
+        return 1
     slow = trial >= SLOW
     turn = trial * (_repeats(trial) + (not slow))
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(turn, 1e-9)))) - slow
@@ -173,27 +173,31 @@ def page_faults() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-# What the allocator was told, as a table says it.
-AS_IT_IS, KEPT = "allocator as it is", "allocator keeps its pages"
-# mallopt's M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX: no block has a mapping of its own, none
-# is given back, and threads that start later share the one heap
+# what the allocator was told, as a table says it
+AS_IT_IS = "allocator as it is"
+RETURNED, KEPT = "allocator returns its pages", "allocator keeps its pages"
+# mallopt's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, at what glibc begins with
+_RETURN_PAGES = ((-3, 128 << 10), (-1, 128 << 10))
+# M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX: no block has a mapping of its own, none is given
+# back, and threads that start later share the one heap
 _KEEP_PAGES = ((-4, 0), (-1, -1), (-8, 1))
 
 
-def keep_pages() -> str:
-    """Make the C library keep what is freed, as long as this process lives.
+def tell_allocator(keep: bool) -> str:
+    """Make the C library keep what is freed, or give large blocks back, while this process lives.
 
-    By itself glibc gives large blocks back when they are freed and takes zeroed pages the next
-    time, from a size on that depends on everything that was freed before: the same call can take a
-    multiple of its time in one process and not in another.
+    By itself glibc gives them back from a size on that depends on what was freed before: the same
+    call takes zeroed pages, and a multiple of its time, in one process and not in another. What
+    was kept once stays: tell it to keep pages last.
 
     Returns:
-        `KEPT`, or `AS_IT_IS` where it is not glibc, or another allocator was preloaded.
+        `KEPT` or `RETURNED`, or `AS_IT_IS` where it is not glibc, or another was preloaded.
     """
     if not allocator().startswith("glibc"):
         return AS_IT_IS
     mallopt = ctypes.CDLL(None).mallopt
-    return KEPT if all(mallopt(*setting) for setting in _KEEP_PAGES) else AS_IT_IS
+    done = [mallopt(*setting) for setting in (_KEEP_PAGES if keep else _RETURN_PAGES)]
+    return (KEPT if keep else RETURNED) if all(done) else AS_IT_IS
 
 
 def triad(num_elements: int) -> tuple[Callable[[], Tensor], int]:

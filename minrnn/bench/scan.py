@@ -23,8 +23,7 @@ from minrnn.bench.measure import BOTH_BYTES, FORWARD_BYTES, Call
 # (B, T, D): wide, long, longer; and so few channels that only time is left to share out. With pages
 # that the allocator keeps, so that it is the operator that is measured.
 SHAPES = ((16, 256, 768), (2, 4096, 256), (1, 16384, 128), (1, 1 << 22, 1), (1, 1 << 20, 8))
-# From 32 MiB on glibc takes fresh pages for every output: ours beside one addition of that size,
-# with the allocator as it is.
+# From 32 MiB on glibc takes fresh pages for an output: ours beside one addition of that size.
 FRESH_SHAPES = ((64, 256, 768), (8, 4096, 256), (1, 65536, 128))
 QUICK_SHAPES = ((2, 1024, 256), (1, 1 << 14, 8))
 RECURRENCES = ("scan", "mingru", "minlstm")
@@ -40,16 +39,17 @@ def measured(quick: bool = False) -> Iterator[Table]:
     Args:
         quick: fewer and smaller shapes, fewer rounds.
     """
+    returned = measure.tell_allocator(keep=False)
     for shape in () if quick else FRESH_SHAPES:
         for recurrence in RECURRENCES:
             for table in _tables(recurrence, shape, FRESH_SECONDS, others=False):
-                yield replace(table, memory=measure.AS_IT_IS)
-    memory = measure.keep_pages()
+                yield replace(table, memory=returned)
+    kept = measure.tell_allocator(keep=True)
     seconds = QUICK_SECONDS if quick else SECONDS
     for shape in QUICK_SHAPES if quick else SHAPES:
         for recurrence in RECURRENCES:
             for table in _tables(recurrence, shape, seconds, others=True):
-                yield replace(table, memory=memory)
+                yield replace(table, memory=kept)
 
 
 def _tables(
