@@ -24,7 +24,7 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 200
 TURN = 2e-3
 # from here on a call is slow: nothing goes before it untimed, and its trial counts as a round
 SLOW = 0.1
-# and from here on one round behind the trial is enough
+# and from here on, if it is more than all its time, one round behind the trial is enough
 ONCE = 8.0
 # bytes that a scan, cell or addition must move for each float32 element
 FORWARD_BYTES = {"scan": 12, "mingru": 12, "minlstm": 16, "add": 12}
@@ -87,7 +87,7 @@ def interleave(
     a slow one in fewer, spread evenly over all. Before the clock starts in a turn the call runs
     once untimed, so that caches and the allocator are as it left them itself, not as the one
     before it did. Not if it takes longer than `SLOW`: then that matters little, and the trial
-    counts as its first round. Longer than `ONCE`, it has one round in all, behind the trial.
+    counts as its first round. Longer than `ONCE` and `seconds`, it has one round, behind the trial.
 
     Args:
         calls: what to time, by name, in the order of a round.
@@ -108,7 +108,7 @@ def interleave(
             torch.set_num_threads(call.threads or threads)
             trial = _turn(call.run, 1, clock)
             trials[name] = trial.seconds
-            if SLOW <= trial.seconds < ONCE:
+            if SLOW <= trial.seconds < max(ONCE, seconds):
                 taken[name].append(trial)
         shares = {name: _rounds(trial, seconds) for name, trial in trials.items()}
         total = max(shares.values(), default=0)
@@ -143,7 +143,7 @@ def _repeats(trial: float) -> int:
 
 def _rounds(trial: float, seconds: float) -> int:
     """The rounds behind the trial."""
-    if trial >= ONCE:
+    if trial >= max(ONCE, seconds):
         return 1
     slow = trial >= SLOW
     turn = trial * (_repeats(trial) + (not slow))

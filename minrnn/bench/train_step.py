@@ -23,7 +23,7 @@ from minrnn.state import State
 
 # tiny Shakespeare has so many characters
 VOCABULARY = 65
-SECONDS, QUICK_SECONDS = 60.0, 4.0
+SECONDS, QUICK_SECONDS = 45.0, 4.0
 # Of loss and gradients. The slope of g jumps at 0, and among many candidates rounding puts one on
 # the other side, which changes a gradient in one place; `minrnn bench layer` holds layers to more.
 TOLERANCE = 1e-2
