@@ -3,6 +3,7 @@
 drop_ins    MinGRU, MinLSTM: constructor, call and shapes of nn.GRU, nn.LSTM
 cells       MinGRUCell, MinLSTMCell: one step, as nn.GRUCell, nn.LSTMCell
 stack       what both layers share: weights, layers, directions, states
+checks      what they refuse
 packed      a PackedSequence as sequences laid end to end
 foreign     read_weights: the weights of other public minGRUs and minLSTMs
 """

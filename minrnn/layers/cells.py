@@ -7,8 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minrnn import ops
-from minrnn.layers.drop_ins import cell_state
-from minrnn.layers.stack import SizeError, bounds, check_input, check_sizes, check_state_kind
+from minrnn.layers.checks import (
+    SizeError,
+    cell_state,
+    check_input,
+    check_sizes,
+    check_state_kind,
+)
+from minrnn.layers.stack import bounds
 from minrnn.ops.checks import check_candidate, check_tensor
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from minrnn import ops
+from minrnn.layers.checks import cell_state
 from minrnn.layers.stack import Stack
 
 _Pair = tuple[Tensor, Tensor]
@@ -204,12 +205,3 @@ class MinLSTM(Stack):
 
     def _recur(self, gates: Tensor, h0: Tensor | None, **layout: Any) -> _Pair:
         return ops.minlstm_fused(gates, h0, self.candidate, self.normalized, **layout)
-
-
-def cell_state(hx: Any) -> Tensor | None:
-    """The c_0 of a pair (h_0, c_0); what is no pair is itself."""
-    if not isinstance(hx, (tuple, list)):
-        return hx
-    if len(hx) != 2:
-        raise ValueError(f"`hx` must be a tensor or the pair (h_0, c_0), got {len(hx)} parts")
-    return hx[1]

@@ -9,12 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from minrnn.layers.checks import SizeError, check_input, check_options, check_state_kind
 from minrnn.layers.packed import EndToEnd
 from minrnn.ops.checks import check_candidate, check_tensor
-
-
-class SizeError(ValueError, RuntimeError):
-    """A tensor does not fit: a ValueError, and the RuntimeError that torch's layers raise."""
 
 
 class Stack(nn.Module):
@@ -44,7 +41,7 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        _check_options(sizes, bias, batch_first, dropout, proj_size)
+        check_options(sizes, bias, batch_first, dropout, proj_size)
         if dropout and num_layers == 1:
             warnings.warn(
                 f"`dropout` acts between layers: {dropout} does nothing with `num_layers` = 1",
@@ -89,10 +86,8 @@ class Stack(nn.Module):
         """Draw each weight uniformly within 1 / sqrt(its fan-in), biases likewise; h_0 is zero."""
         for suffix in self._suffixes():
             weight = getattr(self, f"weight_ih{suffix}")
-            bias, projection = (
-                getattr(self, f"bias_ih{suffix}"),
-                getattr(self, f"weight_hr{suffix}"),
-            )
+            bias = getattr(self, f"bias_ih{suffix}")
+            projection = getattr(self, f"weight_hr{suffix}")
             for parameter in (weight, bias):
                 if parameter is not None:
                     nn.init.uniform_(parameter, *bounds(weight.shape[1]))
@@ -134,8 +129,8 @@ class Stack(nn.Module):
         check_tensor("input", input)
         if input.dim() not in (2, 3):
             raise ValueError(f"`input` must have 2 or 3 dimensions, got shape {tuple(input.shape)}")
-        symbols = "(T, input_size)" if input.dim() == 2 else self._symbols()
-        check_input(input, self.weight_ih_l0, symbols)
+        sizes = "T" if input.dim() == 2 else "B, T" if self.batch_first else "T, B"
+        check_input(input, self.weight_ih_l0, f"({sizes}, input_size)")
         unbatched, batch_axis = input.dim() == 2, 0 if self.batch_first else 1
         if reset is not None:
             self._check_reset(reset, input.shape[:-1])
@@ -154,13 +149,10 @@ class Stack(nn.Module):
         if data.dim() != 2:
             raise SizeError(f"`input` must pack rows (N, input_size), got {tuple(data.shape)}")
         check_input(data, self.weight_ih_l0, "(N, input_size)")
-        if hx is not None and sorted_indices is not None:
-            check_tensor("hx", hx)
-            self._check_states(hx, int(batch_sizes[0]), unbatched=False)
-            check_state_kind(hx, data)
-            # the longest first, as the steps are
-            hx = hx.index_select(1, sorted_indices)
         h0 = self._first_states(hx, data, int(batch_sizes[0]), unbatched=False)
+        if hx is not None and h0 is not None and sorted_indices is not None:
+            # the longest first, as the steps are
+            h0 = h0.index_select(1, sorted_indices)
         layout = EndToEnd.of(batch_sizes, data.device)
         starts = None
         if reset is not None:
@@ -217,17 +209,14 @@ class Stack(nn.Module):
         if hx is None:
             return None if self.h_0 is None else self.h_0[:, None].expand(-1, B, -1)
         check_tensor("hx", hx)
-        self._check_states(hx, B, unbatched)
-        check_state_kind(hx, input)
-        return hx.unsqueeze(1) if unbatched else hx
-
-    def _check_states(self, hx: Tensor, B: int, unbatched: bool) -> None:
         count = self.num_layers * self._num_directions
         sizes = (count, self.hidden_size) if unbatched else (count, B, self.hidden_size)
-        batch = "" if unbatched else "B, "
-        symbols = f"(num_layers * directions, {batch}hidden_size)"
         if tuple(hx.shape) != sizes:
+            batch = "" if unbatched else "B, "
+            symbols = f"(num_layers * directions, {batch}hidden_size)"
             raise SizeError(f"`hx` must have shape {symbols} = {sizes}, got {tuple(hx.shape)}")
+        check_state_kind(hx, input)
+        return hx.unsqueeze(1) if unbatched else hx
 
     def _check_reset(self, reset: Any, sizes: torch.Size) -> None:
         check_tensor("reset", reset)
@@ -235,9 +224,6 @@ class Stack(nn.Module):
         if reset.shape != sizes:
             sizes_text = f"{symbols} = {tuple(sizes)}"
             raise ValueError(f"`reset` must have shape {sizes_text}, got {tuple(reset.shape)}")
-
-    def _symbols(self) -> str:
-        return "(B, T, input_size)" if self.batch_first else "(T, B, input_size)"
 
 
 def _reset_backwards(reset: Tensor, cu_seqlens: Tensor | None, time_axis: int) -> Tensor:
@@ -252,52 +238,6 @@ def _reset_backwards(reset: Tensor, cu_seqlens: Tensor | None, time_axis: int) -
     back = torch.cat([reset.narrow(time_axis, 1, T - 1), last], dim=time_axis)
     # the step after a sequence's last is not its own
     return back if cu_seqlens is None else back.index_fill(1, cu_seqlens[1:] - 1, False)
-
-
-def check_sizes(sizes: dict[str, int], at_least: int = 1) -> None:
-    """Each an int that is large enough."""
-    for name, size in sizes.items():
-        if not isinstance(size, int):
-            raise TypeError(f"`{name}` must be an int, got {type(size).__name__}")
-        if size < at_least:
-            raise ValueError(f"`{name}` must be >= {at_least}, got {size}")
-
-
-def check_input(input: Tensor, weight: Tensor, symbols: str) -> None:
-    """`input` has the features, dtype and device of the first layer's weight."""
-    if input.shape[-1] != weight.shape[1]:
-        raise SizeError(
-            f"`input` must have shape {symbols} with input_size = {weight.shape[1]}, "
-            f"got {tuple(input.shape)}"
-        )
-    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
-        raise SizeError(
-            f"`input` must have the dtype of the weights, {weight.dtype}, got {input.dtype}"
-        )
-    if input.device != weight.device:
-        raise SizeError(f"`input` must be on {weight.device} like the weights, got {input.device}")
-
-
-def check_state_kind(hx: Tensor, input: Tensor) -> None:
-    """`hx` has the dtype of `input` or of the state, and its device."""
-    state = torch.float64 if input.dtype == torch.float64 else torch.float32
-    if hx.dtype not in (input.dtype, state):
-        known = " or ".join(dict.fromkeys((str(input.dtype), str(state))))
-        raise SizeError(f"`hx` must have dtype {known}, got {hx.dtype}")
-    if hx.device != input.device:
-        raise SizeError(f"`hx` must be on {input.device} like `input`, got {hx.device}")
-
-
-def _check_options(
-    sizes: dict[str, int], bias: bool, batch_first: bool, dropout: float, proj_size: int
-) -> None:
-    for name, flag in (("bias", bias), ("batch_first", batch_first)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
-    check_sizes(sizes)
-    check_sizes({"proj_size": proj_size}, at_least=0)
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-        raise ValueError(f"`dropout` must be a number from 0 to 1, got {dropout!r}")
 
 
 def bounds(fan_in: int) -> tuple[float, float]:

@@ -149,18 +149,26 @@ def _register_gradient(op: _Operator) -> None:
         ctx.options = options
         ctx.save_for_backward(*inputs[: op.num_saved], h0, output[0], reset, cu_seqlens)
 
-    def backward(ctx: Any, dh: Tensor, dh_T: Tensor) -> tuple[Tensor | None, ...]:
+    torch.library.register_autograd(
+        f"minrnn::{op.name}", _gradient(backward_op), setup_context=setup, lib=_library
+    )
+
+    def time_first(args: tuple[Any, ...]) -> bool:
+        return op.fused > 1 and args[-4]
+
+    transforms.define(op.name, op.num_gates, setup, _gradient(op.backward), time_first)
+
+
+def _gradient(backward: _Kernel) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Of every argument of an operator, from what was saved for it; options have none."""
+
+    def run(ctx: Any, dh: Tensor, dh_T: Tensor) -> tuple[Tensor | None, ...]:
         *saved, h0, h, reset, cu_seqlens = ctx.saved_tensors
         layout = (reset, cu_seqlens, ctx.reverse)
-        *grads, dh0 = backward_op(dh, dh_T, *saved, h0, h, *ctx.options, *layout)
+        *grads, dh0 = backward(dh, dh_T, *saved, h0, h, *ctx.options, *layout)
         return *grads, None if h0 is None else dh0, *[None] * (len(ctx.options) + 3)
 
-    torch.library.register_autograd(
-        f"minrnn::{op.name}", backward, setup_context=setup, lib=_library
-    )
-    transforms.define(
-        op.name, op.num_gates, setup, op.backward, lambda args: op.fused > 1 and args[-4]
-    )
+    return run
 
 
 def _register_second_gradient(name: str, formula: _Kernel) -> None:
