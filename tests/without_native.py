@@ -3,8 +3,18 @@
 import pytest
 import torch
 
+# now, not in pytest_configure: conftest.py imports the operators before that is called
+torch.ops.load_library = lambda path: None
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave the compiled kernels unloaded; that this is warned of has a test of its own."""
+    """That pure torch is warned of has a test of its own."""
     config.addinivalue_line("filterwarnings", "ignore:minrnn runs on pure torch")
-    torch.ops.load_library = lambda path: None
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Stop if compiled kernels serve after all."""
+    from minrnn.info import kernels
+
+    served = set(kernels()["CPU"].values())
+    assert served == {"pure torch"}, served
