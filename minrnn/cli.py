@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from tyro.conf import OmitArgPrefixes, Positional
 
 from minrnn import bench, checkpoint, info, losses, plots, runs
-from minrnn.bench import layer, length, memory, report, scan, train_step
+from minrnn.bench import layer, length, memory, packed, report, scan, step, train_step
 from minrnn.bench.compare import Table, all_right
 from minrnn.data import shakespeare
 from minrnn.data import text as text_data
@@ -192,6 +192,26 @@ def measure_layer(quick: bool = False, out: Path | None = None) -> int:
     return _bench("layer", layer.measured(quick), quick, out)
 
 
+def measure_packed(quick: bool = False, out: Path | None = None) -> int:
+    """Time the layers beside nn.GRU and nn.LSTM on a packed batch of unequal lengths.
+
+    Args:
+        quick: fewer and shorter sequences, within a minute.
+        out: the folder for bench-packed.json and bench-packed.png; None only prints.
+    """
+    return _bench("packed", packed.measured(quick), quick, out)
+
+
+def measure_one_step(quick: bool = False, out: Path | None = None) -> int:
+    """Time one step of cells and layers, as a stream is served, beside those of torch.
+
+    Args:
+        quick: one stream only and fewer rounds, within a minute.
+        out: the folder for bench-step.json and bench-step.png; None only prints.
+    """
+    return _bench("step", step.measured(quick), quick, out)
+
+
 def measure_train_step(quick: bool = False, out: Path | None = None) -> int:
     """Time training steps of a recipe's model with our layer and with another inside.
 
@@ -234,6 +254,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "bench scan": measure_scan,
     "bench length": measure_length,
     "bench layer": measure_layer,
+    "bench packed": measure_packed,
+    "bench step": measure_one_step,
     "bench train-step": measure_train_step,
     "bench memory": measure_memory,
     "info": show_info,

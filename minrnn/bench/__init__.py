@@ -4,6 +4,8 @@
     scan         how near are the operators to the bandwidth of the memory, and how far the others?
     length       how does their time grow with the length of the sequence?
     layer        how fast are the layers beside nn.GRU, nn.LSTM and the public minGRUs?
+    packed       how fast do they train on a packed batch of unequal lengths?
+    step         how long does one step take, where a stream is served?
     train_step   what is left of it when a whole model trains?
     memory       how much memory does a training step of a layer take?
 

@@ -296,9 +296,10 @@ def _torch_layer(kind: type[nn.GRU] | type[nn.LSTM]) -> Callable[[int], Built]:
     return lambda width: Built(kind(width, width, batch_first=True), _first, _first)
 
 
-def our_gates(module: Any, x: Tensor) -> tuple[str, Sequence[Tensor]]:
-    """The recurrence of a `MinGRU` or `MinLSTM`, and its gates for x."""
-    gates = F.linear(x, module.weight_ih_l0, module.bias_ih_l0).chunk(module.num_gates, dim=-1)
+def our_gates(module: Any, x: Tensor, end: str = "_l0") -> tuple[str, Sequence[Tensor]]:
+    """The recurrence of a `MinGRU` or `MinLSTM`, and its gates for x; weights end in `end`."""
+    weight, bias = getattr(module, f"weight_ih{end}"), getattr(module, f"bias_ih{end}")
+    gates = F.linear(x, weight, bias).chunk(module.num_gates, dim=-1)
     return "mingru" if module.num_gates == 2 else "minlstm", gates
 
 

@@ -69,16 +69,21 @@ class _TruthMixer(nn.Module):
 def measured(quick: bool = False) -> Iterator[Table]:
     """Tables of a training step with either layer inside the same model, for both cells.
 
-    A step is forward, backward, clipping and AdamW, on a batch of random symbols.
+    With the allocator as it is, which decides much of the time, and keeping its pages. A step is
+    forward, backward, clipping and AdamW, on a batch of random symbols.
 
     Args:
         quick: the small model of the recipe `demo`, with minGRU only.
     """
     name: RecipeName = "demo" if quick else "shakespeare"
-    for mixer in ("mingru",) if quick else ("mingru", "minlstm"):
-        recipe = RECIPES[name]
-        recipe = replace(recipe, model=replace(recipe.model, mixer=mixer, vocab_size=0))
-        yield _table(name, recipe, QUICK_SECONDS if quick else SECONDS)
+    for keep in (False, True):
+        # what is kept once stays: pages as they come go first
+        memory = measure.tell_allocator(keep) if keep else measure.AS_IT_IS
+        for mixer in ("mingru",) if quick else ("mingru", "minlstm"):
+            recipe = RECIPES[name]
+            recipe = replace(recipe, model=replace(recipe.model, mixer=mixer, vocab_size=0))
+            table = _table(name, recipe, QUICK_SECONDS if quick else SECONDS)
+            yield replace(table, memory=memory)
 
 
 def _table(name: str, recipe: TextConfig, seconds: float) -> Table:
