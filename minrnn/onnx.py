@@ -31,14 +31,18 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any] | Sequence[Cal
         NotImplementedError: on export, sequences lie end to end: a PackedSequence, `cu_seqlens`.
 
     Example:
-
-        program = torch.onnx.export(
-            MinGRU(4, 8, batch_first=True).eval(),
-            (torch.randn(2, 5, 4),),
-            dynamic_shapes={"input": {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}},
-            custom_translation_table=translations(),
-        )
-        program.save("gru.onnx")
+        >>> from minrnn import MinGRU
+        >>> sorted(str(op) for op in translations())[0]
+        'minrnn.mingru.default'
+        >>> program = torch.onnx.export(
+        ...     MinGRU(4, 8, batch_first=True).eval(),
+        ...     (torch.randn(2, 5, 4),),
+        ...     dynamic_shapes={"input": {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}},
+        ...     custom_translation_table=translations(),
+        ...     verbose=False,
+        ... )
+        >>> len(program.model.graph.outputs)
+        2
     """
     ops = torch.ops.minrnn
     return {

@@ -132,7 +132,7 @@ INPUTS = {
     "meta": (X.to("meta"), "`input` must be on cpu like the weights, got meta"),
     "packed": (
         pack_sequence([torch.randn(3, 6), torch.randn(2, 6)]),
-        "`input` must have shape (N, input_size) with input_size = 4, got (5, 6)",
+        "`input` must have shape (S, input_size) with input_size = 4, got (5, 6)",
     ),
 }
 

@@ -280,3 +280,16 @@ def test_package_mingru_scans(learned: bool) -> None:
         with pytest.raises(ValueError, match="got"):
             read_weights(other)
     assert read_weights(other, "blocks.0.mingru.").hidden_size == D
+
+
+# trap 2
+def test_package_mingru_scans_cuts_the_gradient_of_a_zero_state() -> None:
+    theirs = _peer("mingru-scans", "mingru", "MinGRU")(WIDTH, D)
+    layer, x = read_weights(theirs.state_dict()), torch.randn(1, T, WIDTH)
+    zeros = [torch.zeros(1, 1, D, requires_grad=True) for _ in range(2)]
+    torch.testing.assert_close(layer(x, zeros[0])[0], theirs(x, zeros[1]))
+    [ours] = torch.autograd.grad(layer(x, zeros[0])[0][:, 0].sum(), zeros[0])
+    [wrong] = torch.autograd.grad(theirs(x, zeros[1])[:, 0].sum(), zeros[1])
+    # 1 - z of the first step
+    torch.testing.assert_close(ours[0, 0], torch.sigmoid(-theirs.linear_z(x)[0, 0]))
+    assert (wrong == 0).all()

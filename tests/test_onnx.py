@@ -14,12 +14,6 @@ from torch.testing import assert_close
 from minrnn import MinGRU, MinGRUCell, MinLSTM, MinLSTMCell, mingru, minlstm, scan
 from minrnn.onnx import translations
 
-# torch's exporter warns of its own parts
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*axis name:UserWarning"),
-]
-
 
 def _flat(result: Any) -> list[Tensor]:
     """The tensors of a result, in order."""

@@ -235,7 +235,7 @@ def machine() -> dict[str, Any]:
         "memory": _memory(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "allocator": allocator(),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "busy": busy_cores(),
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
 
@@ -269,7 +269,7 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this library's checkout, "+" behind it if files differ; None outside one."""
+    """The commit of this library's checkout, "+" if the package differs; None outside one."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -279,9 +279,29 @@ def commit() -> str | None:
     try:
         # a package that is installed inside somebody else's checkout has no commit of its own
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        # figures that an earlier bench wrote into the checkout change no answer
+        changed = git("status", "--porcelain", "-uno", "--", str(folder.parent))
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def busy_cores(seconds: float = 0.3) -> float | None:
+    """How many cores other processes keep busy, measured while this one sleeps; Linux only."""
+    path = Path("/proc/stat")
+    if not path.is_file():
+        return None
+
+    def ticks() -> tuple[int, int]:
+        # the first line: user, nice, system, idle, iowait, irq, softirq, steal of all cores
+        counts = [int(word) for word in path.read_text().splitlines()[0].split()[1:9]]
+        return sum(counts), counts[3] + counts[4]
+
+    total, idle = ticks()
+    time.sleep(seconds)
+    total_after, idle_after = ticks()
+    share = 1 - (idle_after - idle) / max(1, total_after - total)
+    return round(share * (os.cpu_count() or 1), 2)
 
 
 def _processor() -> str:

@@ -81,7 +81,7 @@ def heading(facts: dict[str, Any]) -> list[str]:
     machine, versions = facts["machine"], facts["versions"]
     served = ", ".join(sorted(set(facts["kernels"].values())))
     cache = f"{machine['last_level_cache'] >> 20} MiB last-level cache"
-    load = machine["load"]
+    busy = machine["busy"]
     found = [
         f"{facts['command']}   commit {facts['commit'] or 'unknown'}",
         f"{machine['processor']}, {machine['cores']} cores, {cache}, {machine['threads']} threads",
@@ -89,8 +89,8 @@ def heading(facts: dict[str, Any]) -> list[str]:
         f"kernels: {served}; memory from {machine['allocator']}"
         + "".join(f", {name}={value}" for name, value in machine["settings"].items()),
     ]
-    if load is not None and load[0] > 0.25 * (machine["cores"] or 1):
-        found.append(f"the machine is busy (load {load[0]:.1f}): ratios suffer, times more so")
+    if busy is not None and busy > 0.2:
+        found.append(f"the machine is busy ({busy:.1f} cores): ratios suffer, times more so")
     return found
 
 

@@ -58,9 +58,9 @@ class _Cell(nn.Module):
         check_tensor("input", input)
         if input.dim() not in (1, 2):
             raise ValueError(f"`input` must have 1 or 2 dimensions, got shape {tuple(input.shape)}")
-        check_input(
-            input, self.weight_ih, "(B, input_size)" if input.dim() == 2 else "(input_size,)"
-        )
+        # read once: with a parametrization each reading computes it
+        weight = self.weight_ih
+        check_input(input, weight, "(B, input_size)" if input.dim() == 2 else "(input_size,)")
         if hx is not None:
             check_tensor("hx", hx)
             if hx.dim() not in (1, 2):
@@ -71,7 +71,7 @@ class _Cell(nn.Module):
                 raise SizeError(f"`hx` must have shape {symbols} = {sizes}, got {tuple(hx.shape)}")
             check_state_kind(hx, input)
             hx = hx if hx.dim() == 2 else hx[None]
-        gates = F.linear(input, self.weight_ih, self.bias_ih)
+        gates = F.linear(input, weight, self.bias_ih)
         # (B, 1, num_gates * hidden_size): a sequence of one step
         gates = gates[:, None] if input.dim() == 2 else gates[None, None]
         layout = {"time_first": False, "reset": None, "cu_seqlens": None, "reverse": False}

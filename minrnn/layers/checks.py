@@ -1,9 +1,12 @@
 """What layers and cells refuse, with the classes of error that torch's raise, and why."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from minrnn.ops.checks import check_tensor
 
 
 class SizeError(ValueError, RuntimeError):
@@ -26,12 +29,30 @@ def check_input(input: Tensor, weight: Tensor, symbols: str) -> None:
             f"`input` must have shape {symbols} with input_size = {weight.shape[1]}, "
             f"got {tuple(input.shape)}"
         )
-    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+    if input.device != weight.device:
+        raise SizeError(f"`input` must be on {weight.device} like the weights, got {input.device}")
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # autocast leaves float64 and integers as they are
+        if input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise SizeError(f"`input` must have a dtype that autocast casts, got {input.dtype}")
+    elif input.dtype != weight.dtype:
         raise SizeError(
             f"`input` must have the dtype of the weights, {weight.dtype}, got {input.dtype}"
         )
-    if input.device != weight.device:
-        raise SizeError(f"`input` must be on {weight.device} like the weights, got {input.device}")
+
+
+def check_packed(data: Tensor, batch_sizes: Tensor) -> None:
+    """As many rows as steps, of which no sequence has one more after it has ended."""
+    if data.dim() != 2:
+        raise SizeError(f"`input` must pack rows (S, input_size), got {tuple(data.shape)}")
+    sizes = batch_sizes.tolist()
+    rising = any(before < after for before, after in pairwise(sizes))
+    if not sizes or rising or sizes[-1] < 1 or sum(sizes) != len(data):
+        raise SizeError(
+            f"`input` must have batch_sizes >= 1 that never rise and sum to S = {len(data)}, "
+            f"got {sizes if len(sizes) <= 10 else [*sizes[:10], '...']}"
+        )
 
 
 def check_state_kind(hx: Tensor, input: Tensor) -> None:
@@ -56,10 +77,23 @@ def check_options(
         raise ValueError(f"`dropout` must be a number from 0 to 1, got {dropout!r}")
 
 
-def cell_state(hx: Any) -> Tensor | None:
-    """The c_0 of a pair (h_0, c_0); what is no pair is itself."""
+def cell_state(hx: Any, proj_size: int = 0) -> Tensor | None:
+    """The c_0 of a pair (h_0, c_0) that fit each other; what is no pair is itself.
+
+    h_0 has the shape of c_0, or as many features as y where that is projected.
+    """
     if not isinstance(hx, (tuple, list)):
         return hx
     if len(hx) != 2:
         raise ValueError(f"`hx` must be a tensor or the pair (h_0, c_0), got {len(hx)} parts")
-    return hx[1]
+    h_0, c_0 = hx
+    for x in hx:
+        check_tensor("hx", x)
+    features = {c_0.shape[-1:], torch.Size([proj_size or c_0.shape[-1]])} if c_0.dim() else {()}
+    if h_0.shape[:-1] != c_0.shape[:-1] or h_0.shape[-1:] not in features:
+        shapes = f"{tuple(h_0.shape)} and {tuple(c_0.shape)}"
+        raise SizeError(f"`hx` must be a pair (h_0, c_0) of one shape, got {shapes}")
+    if (h_0.dtype, h_0.device) != (c_0.dtype, c_0.device):
+        kinds = f"{h_0.dtype} on {h_0.device} and {c_0.dtype} on {c_0.device}"
+        raise SizeError(f"`hx` must be a pair (h_0, c_0) of one dtype and device, got {kinds}")
+    return c_0

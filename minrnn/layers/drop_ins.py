@@ -1,5 +1,6 @@
 """MinGRU and MinLSTM: the layers that stand in for torch.nn.GRU and torch.nn.LSTM."""
 
+import math
 from typing import Any, overload
 
 import torch
@@ -142,8 +143,13 @@ class MinLSTM(Stack):
         normalized: bool = True,
         forget_bias: float = 0.0,
     ) -> None:
+        if not isinstance(normalized, bool):
+            raise TypeError(f"`normalized` must be a bool, got {type(normalized).__name__}")
+        if not isinstance(forget_bias, (int, float)) or not math.isfinite(forget_bias):
+            raise ValueError(f"`forget_bias` must be a finite number, got {forget_bias!r}")
         if forget_bias and not bias:
             raise ValueError(f"`forget_bias` = {forget_bias} needs `bias` = True, got False")
+        # before the weights are drawn, which asks for them
         self.normalized, self.forget_bias = normalized, forget_bias
         super().__init__(
             input_size,
@@ -200,7 +206,7 @@ class MinLSTM(Stack):
             (h_n, c_n): the states after the last step, twice the same tensor, float32 (float64 for
                 float64).
         """
-        output, h_n = self._run(input, cell_state(hx), reset)
+        output, h_n = self._run(input, cell_state(hx, self.proj_size), reset)
         return output, (h_n, h_n)
 
     def _recur(self, gates: Tensor, h0: Tensor | None, **layout: Any) -> _Pair:

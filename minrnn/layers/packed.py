@@ -11,23 +11,23 @@ from torch import Tensor
 
 
 class EndToEnd(NamedTuple):
-    """How rows of packed data and of sequences end to end correspond."""
+    """How S rows of packed data and of N sequences end to end correspond."""
 
     order: Tensor
-    """(N,) the packed row of each step"""
+    """(S,) the packed row of each step"""
     inverse: Tensor
-    """(N,) the step of each packed row"""
+    """(S,) the step of each packed row"""
     cu_seqlens: Tensor
-    """(B + 1,) where each sequence begins and ends, longest first"""
+    """(N + 1,) where each sequence begins and ends, longest first"""
 
     @classmethod
     def of(cls, batch_sizes: Tensor, device: torch.device) -> "EndToEnd":
         """From how many sequences run at each step, (T,), on the CPU."""
-        T, B = batch_sizes.shape[0], int(batch_sizes[0])
-        # sequence b runs while more than b sequences do
-        lengths = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B), right=True)
+        T, N = batch_sizes.shape[0], int(batch_sizes[0])
+        # sequence n runs while more than n sequences do
+        lengths = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(N), right=True)
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        owner = torch.repeat_interleave(torch.arange(B), lengths)
+        owner = torch.repeat_interleave(torch.arange(N), lengths)
         step = torch.arange(owner.shape[0]) - cu_seqlens[owner]
         order = (batch_sizes.cumsum(0) - batch_sizes)[step] + owner
         inverse = torch.empty_like(order)
@@ -35,7 +35,7 @@ class EndToEnd(NamedTuple):
         return cls(order.to(device), inverse.to(device), cu_seqlens.to(device))
 
     def lay_out(self, data: Tensor) -> Tensor:
-        """Packed rows (N, ...) as one row of sequences, (1, N, ...)."""
+        """Packed rows (S, ...) as one row of sequences, (1, S, ...)."""
         return permute(data, self.order, self.inverse)[None]
 
     def pack(self, x: Tensor) -> Tensor:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from minrnn.layers.checks import SizeError, check_input, check_options, check_state_kind
+from minrnn.layers.checks import (
+    SizeError,
+    check_input,
+    check_options,
+    check_packed,
+    check_state_kind,
+)
 from minrnn.layers.packed import EndToEnd
 from minrnn.ops.checks import check_candidate, check_tensor
 
@@ -130,7 +136,8 @@ class Stack(nn.Module):
         if input.dim() not in (2, 3):
             raise ValueError(f"`input` must have 2 or 3 dimensions, got shape {tuple(input.shape)}")
         sizes = "T" if input.dim() == 2 else "B, T" if self.batch_first else "T, B"
-        check_input(input, self.weight_ih_l0, f"({sizes}, input_size)")
+        weights = self._weights()
+        check_input(input, weights[0][0], f"({sizes}, input_size)")
         unbatched, batch_axis = input.dim() == 2, 0 if self.batch_first else 1
         if reset is not None:
             self._check_reset(reset, input.shape[:-1])
@@ -139,16 +146,16 @@ class Stack(nn.Module):
             input = input.unsqueeze(batch_axis)
             reset = None if reset is None else reset.unsqueeze(batch_axis)
         h0 = self._first_states(hx, input, input.shape[batch_axis], unbatched)
-        y, h_n = self._layers(input, h0, reset, None, not self.batch_first)
+        y, h_n = self._layers(weights, input, h0, reset, None, not self.batch_first)
         return (y.squeeze(batch_axis), h_n.squeeze(1)) if unbatched else (y, h_n)
 
     def _run_packed(
         self, input: PackedSequence, hx: Tensor | None, reset: PackedSequence | None
     ) -> tuple[PackedSequence, Tensor]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        if data.dim() != 2:
-            raise SizeError(f"`input` must pack rows (N, input_size), got {tuple(data.shape)}")
-        check_input(data, self.weight_ih_l0, "(N, input_size)")
+        check_packed(data, batch_sizes)
+        weights = self._weights()
+        check_input(data, weights[0][0], "(S, input_size)")
         h0 = self._first_states(hx, data, int(batch_sizes[0]), unbatched=False)
         if hx is not None and h0 is not None and sorted_indices is not None:
             # the longest first, as the steps are
@@ -160,13 +167,24 @@ class Stack(nn.Module):
             if not packed or not torch.equal(reset.batch_sizes, batch_sizes):
                 raise ValueError("`reset` must be packed like `input`, a bool for each step")
             starts = layout.lay_out(reset.data)
-        y, h_n = self._layers(layout.lay_out(data), h0, starts, layout.cu_seqlens, False)
+        y, h_n = self._layers(weights, layout.lay_out(data), h0, starts, layout.cu_seqlens, False)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
         return PackedSequence(layout.pack(y), batch_sizes, sorted_indices, unsorted_indices), h_n
 
+    def _weights(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Weight, bias and projection of each layer and direction.
+
+        Read once in a call: with a parametrization each reading computes them.
+        """
+        names = ("weight_ih", "bias_ih", "weight_hr")
+        return [
+            tuple(getattr(self, f"{name}{suffix}") for name in names) for suffix in self._suffixes()
+        ]
+
     def _layers(
         self,
+        weights: list[tuple[Tensor, Tensor | None, Tensor | None]],
         x: Tensor,
         h0: Tensor | None,
         reset: Tensor | None,
@@ -177,16 +195,12 @@ class Stack(nn.Module):
         resets = [reset, None]
         if reset is not None and self.bidirectional:
             resets[1] = _reset_backwards(reset, cu_seqlens, 0 if time_first else 1)
-        suffixes = self._suffixes()
         states: list[Tensor] = []
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(self._num_directions):
                 n = layer * self._num_directions + direction
-                weight, bias, projection = (
-                    getattr(self, f"{name}{suffixes[n]}")
-                    for name in ("weight_ih", "bias_ih", "weight_hr")
-                )
+                weight, bias, projection = weights[n]
                 h, h_T = self._recur(
                     F.linear(x, weight, bias),
                     None if h0 is None else h0[n],

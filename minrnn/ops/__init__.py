@@ -1,9 +1,9 @@
 """The three recurrences on tensors: `scan`, `mingru`, `minlstm`.
 
 Axes, here and in every file below: B batch, T time, D channels, N sequences laid end to end in
-one row. Letters: k gate before its sigmoid, v candidate, f and i forget and input gate before
-theirs, a and b the coefficients of `scan`, h the states, h0 the one before the first step, h_T the
-one after the last; a d in front is a gradient.
+one row of S steps, E the axis of `torch.func.vmap`. Letters: k gate before its sigmoid, v
+candidate, f and i forget and input gate before theirs, a and b the coefficients of `scan`, h the
+states, h0 the one before the first step, h_T the one after the last; a d in front is a gradient.
 
 Here they are described and their arguments checked; `operators.py` defines them for torch.
 """

@@ -69,21 +69,21 @@ def _first(x: Any, dim: int | None, size: int) -> Any:
 
 
 def _merge(args: list[Any], num_gates: int, second: bool) -> list[Any]:
-    """Arguments with an axis V in front, as those of one call without it.
+    """Arguments with an axis E in front, as those of one call without it.
 
-    V is laid along the batch, or along time where `cu_seqlens` bounds sequences: that is the
+    E is laid along the batch, or along time where `cu_seqlens` bounds sequences: that is the
     `second` axis of the gates, or else the first.
     """
     rows, h0 = args[:num_gates], args[num_gates]
     *options, reset, cu_seqlens, reverse = args[num_gates + 1 :]
 
     def flat(x: Tensor) -> Tensor:
-        # (V, M, N, ...) -> (M, V * N, ...), or (V * M, N, ...)
+        # (E, B, T, ...) -> (B, E * T, ...), or (E * B, T, ...); or T before B
         return x.transpose(0, 1).flatten(1, 2) if second else x.flatten(0, 1)
 
     if cu_seqlens is not None:
-        V, T = rows[0].shape[0], rows[0].shape[2 if second else 1]
-        shift = torch.arange(V, device=cu_seqlens.device, dtype=cu_seqlens.dtype)[:, None] * T
+        E, T = rows[0].shape[0], rows[0].shape[2 if second else 1]
+        shift = torch.arange(E, device=cu_seqlens.device, dtype=cu_seqlens.dtype)[:, None] * T
         starts = (cu_seqlens[:, :-1] + shift).flatten()
         cu_seqlens = torch.cat([starts, (cu_seqlens[-1:, -1] + shift[-1])])
     reset = None if reset is None else flat(reset)
