@@ -113,7 +113,7 @@ def train(
         report: called after each step and each evaluation.
 
     Returns:
-        How it ended: at the last step, or earlier because SIGINT or SIGTERM asked for it.
+        How it ended: at the last step, out of patience, or because SIGINT or SIGTERM asked for it.
 
     Raises:
         NonFiniteLossError: the loss or gradient is not finite.
@@ -127,7 +127,7 @@ def train(
         contextlib.closing(_Loop(model, task, config, folder)) as loop,
     ):
         loop.restore()
-        while loop.step < config.steps:
+        while not loop.over:
             event = loop.update()
             report(event)
             if loop.step % config.eval_every == 0 or loop.step == config.steps:
@@ -137,7 +137,7 @@ def train(
                 loop.save()
             if interrupts.requested:
                 break
-    return Result(loop.step, loop.best_loss, loop.best_step, loop.step < config.steps)
+    return Result(loop.step, loop.best_loss, loop.best_step, not loop.over)
 
 
 class _Loop:
@@ -167,6 +167,14 @@ class _Loop:
     @property
     def _last(self) -> Path:
         return self.folder / "training_state" / "last.safetensors"
+
+    @property
+    def over(self) -> bool:
+        """The last step is done, or too many evaluations brought nothing better."""
+        config = self.config
+        waited = self.step - self.best_step
+        out = config.patience and self.best_step and waited >= config.patience * config.eval_every
+        return self.step >= config.steps or bool(out)
 
     def restore(self) -> None:
         """Take up the last save, drop what was written after it, open the logs."""

@@ -41,6 +41,8 @@ class TrainConfig:
     """Mixed precision; "no" is float32. The recurrent state is float32 always."""
     eval_every: int = 250
     """Steps between evaluations on the validation part; each is followed by a save."""
+    patience: int = 0
+    """Evaluations in a row without a better one that end the training; 0 for no such end."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     seed: int = 0
@@ -57,7 +59,7 @@ class TrainConfig:
         for names, range_ in (
             ("steps batch_size accumulation eval_every log_every", ">= 1"),
             ("learning_rate clip_norm", "> 0"),
-            ("min_learning_rate warmup_steps weight_decay seed", ">= 0"),
+            ("min_learning_rate warmup_steps weight_decay patience seed", ">= 0"),
             ("beta1 beta2", "in [0, 1)"),
         ):
             for name in names.split():

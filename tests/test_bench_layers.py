@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from minrnn import MinGRU, MinGRUCell, MinLSTM, cli
-from minrnn.bench import measure, packed, step
+from minrnn.bench import measure, mixers, packed, step
 
 
 @pytest.fixture
@@ -80,3 +80,13 @@ def test_a_wrong_step_has_no_time(quick, monkeypatch) -> None:
     assert wrong.note.startswith("wrong")
     assert right.value is not None
     assert layer.value is not None
+
+
+def test_mixers_are_right_and_timed(quick, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(mixers, "QUICK_SHAPE", (2, 9, 64))
+    monkeypatch.setattr(mixers, "QUICK_SECONDS", 0.0)
+    assert cli.main(["bench", "mixers", "--quick"]) == 0
+    said = capsys.readouterr().out
+    for name in ("Mamba ", "attention block", "nn.TransformerEncoderLayer"):
+        assert any(line.strip().startswith(name) for line in said.splitlines()), name
+    assert "wrong" not in said

@@ -59,8 +59,8 @@ def test_the_first_free_folder_is_taken(source: Path, tmp_path, monkeypatch) -> 
 
 def test_a_recipe_fills_in_what_is_not_given(source: Path, tmp_path, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(cli, "train_text", lambda config: seen.append(config) or 0)
-    cli.COMMANDS["train text"], before = cli.train_text, cli.COMMANDS["train text"]
+    monkeypatch.setattr(cli.text, "train_text", lambda config: seen.append(config) or 0)
+    cli.COMMANDS["train text"], before = cli.text.train_text, cli.COMMANDS["train text"]
     try:
         cli.main(["train", "text", "--recipe", "demo", "--data", str(source), "--width", "9"])
     finally:

@@ -28,6 +28,7 @@ STOREYS = [
     {"runs"},
     {"info"},
     {"bench"},
+    {"experiments"},
     {"cli"},
     {"__main__"},
 ]

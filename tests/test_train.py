@@ -151,6 +151,16 @@ def test_a_finished_run_stays_as_it_is(source, tmp_path) -> None:
     assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
 
 
+def test_patience_ends_a_training_that_gets_no_better(source, tmp_path) -> None:
+    # no weight moves by so little, so that all evaluations are equal
+    options = {"learning_rate": 1e-20, "min_learning_rate": 0.0, "eval_every": 2}
+    result = runs.go_on(runs.start(_config(source, tmp_path, **options, patience=3)))
+    assert (result.step, result.best_step) == (8, 2)
+    assert not result.interrupted
+    again = runs.go_on(tmp_path)
+    assert again == result
+
+
 def test_a_full_disk_keeps_the_save_before(source, tmp_path, uninterrupted) -> None:
     run = runs.start(_config(source, tmp_path / "run"))
     writes = checkpoint.write_tensors

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,16 +69,23 @@ def _peak(name: str, shape: tuple[int, int, int]) -> float:
 
 
 def report_peak(name: str, shape: tuple[int, int, int], threads: int) -> None:
-    """Print the megabytes that one training step of the layer takes; run in a fresh process.
+    """`report_peak_of` the layer of that name."""
+    [one] = [one for one in peers.LAYERS if one.name == name]
+    report_peak_of(one.build, shape, threads)
+
+
+def report_peak_of(
+    build: Callable[[int], peers.Built], shape: tuple[int, int, int], threads: int
+) -> None:
+    """Print the megabytes that one training step of a layer takes; run in a fresh process.
 
     A step is forward, backward with the gradient of the input, and an update by plain SGD. A tiny
     step goes first: what the first use of a library takes once is no part of it.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    [one] = [one for one in peers.LAYERS if one.name == name]
-    _step(one.build(_WARM[2]), _WARM)
-    built = one.build(shape[2])
+    _step(build(_WARM[2]), _WARM)
+    built = build(shape[2])
     x, dh = layer.inputs(shape)
     x.requires_grad_()
     before = _resident(reset=True)

