@@ -56,12 +56,16 @@ def _rows(layers: list[peers.Layer], shape: tuple[int, int, int], repeats: int) 
 
 
 def _peak(name: str, shape: tuple[int, int, int]) -> float:
-    """Megabytes, from a process of its own.
+    """Megabytes, from a process of its own."""
+    return told(_SCRIPT.format(name=name, shape=shape, threads=torch.get_num_threads()))
+
+
+def told(script: str) -> float:
+    """The number that a process of its own prints last.
 
     Raises:
         OSError: that process failed; the last line of what it said.
     """
-    script = _SCRIPT.format(name=name, shape=shape, threads=torch.get_num_threads())
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     if ended.returncode:
         raise OSError((ended.stderr.strip().splitlines() or ["it said nothing"])[-1])

@@ -1,8 +1,6 @@
 """Time and memory over length: the paper's first figure, with torch's own layers in it as well."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,11 +160,7 @@ def _training(T: int, config: EfficiencyConfig) -> dict[str, dict[str, float]]:
 
 
 def _peak(name: str, shape: tuple[int, int, int]) -> float:
-    script = _SCRIPT.format(name=name, shape=shape, n=torch.get_num_threads())
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    if ended.returncode:
-        raise OSError((ended.stderr.strip().splitlines() or ["it said nothing"])[-1])
-    return json.loads(ended.stdout.splitlines()[-1])
+    return memory.told(_SCRIPT.format(name=name, shape=shape, n=torch.get_num_threads()))
 
 
 def report_peak(name: str, shape: tuple[int, int, int], threads: int) -> None:
