@@ -165,8 +165,9 @@ def compare(options: argparse.Namespace, data: tuple[Part, Part, int]) -> None:
             said = f"seed {seed}, {TITLES[layer]}: accuracy {run['accuracy'][-1]:.3f}"
             print(f"{said} in {run['seconds']:.1f} s", file=sys.stderr)
             if options.out:
-                figures = {"facts": facts, "settings": vars(options), "runs": runs}
-                options.out.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+                settings = {name: x for name, x in vars(options).items() if name != "out"}
+                figures = {"facts": facts, "settings": settings, "runs": runs}
+                options.out.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"\n{table(runs)}")
 
 

@@ -120,13 +120,15 @@ def test_memory_does_not_grow_with_the_text(model) -> None:
 
     def live_bytes() -> int:
         gc.collect()
-        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+        # not those that a compiler left behind, which have no memory
+        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
     assert len(list(islice(pieces, 10))) == 10
     early = live_bytes()
     assert len(list(islice(pieces, 300))) == 300
-    assert live_bytes() == early
+    # what other tests left behind may go in the meantime
+    assert live_bytes() <= early
 
 
 def test_wrong_arguments_are_named(model) -> None:
