@@ -112,6 +112,17 @@ def test_scan_in_pieces_is_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_second_derivatives_of_the_selective_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    # pieces of two steps
+    monkeypatch.setattr(mamba, "_PIECE", 12)
+    u, dt = torch.rand(2, 1, 5, 2, dtype=torch.float64) + 0.5
+    B, C = torch.randn(2, 1, 5, 3, dtype=torch.float64)
+    A, h0 = -torch.rand(2, 3, dtype=torch.float64) - 0.5, torch.randn(1, 6, dtype=torch.float64)
+    inputs = tuple(x.requires_grad_() for x in (u, dt, A, B, C, h0))
+    assert torch.autograd.gradcheck(mamba.selective_scan, inputs)
+    assert torch.autograd.gradgradcheck(mamba.selective_scan, inputs)
+
+
 def test_selective_scan_with_one_state_is_mingru() -> None:
     """Theorem 1 of Gu and Dao 2023: N = 1, A = -1, B = C = 1 gives a gate sigmoid(k)."""
     k, v = torch.randn(2, 2, 15, 4, dtype=torch.float64)
