@@ -290,7 +290,8 @@ def draw(train: dict[int, dict[str, Any]], stream: dict[int, dict[str, Any]]) ->
         panel.grid(alpha=0.3)
     for panel, words in zip(panels, ["T, steps"] * 3 + ["context, steps"] * 3, strict=True):
         panel.set_xlabel(words)
-    panels[0].legend(frameon=False, fontsize=7)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
