@@ -13,7 +13,8 @@ from torch import Tensor
 from minrnn.bench import layer, measure, memory, peers
 from minrnn.bench.measure import Call
 from minrnn.configs import check_fields
-from minrnn.experiments.results import TextTable, publish
+from minrnn.experiments import results
+from minrnn.experiments.results import TextTable
 from minrnn.files import write_atomically
 from minrnn.layers import MinGRU, MinLSTM
 from minrnn.models import MixerName, ModelConfig, build_mixer
@@ -124,14 +125,20 @@ def reproduce(config: EfficiencyConfig, say: Callable[[str], None]) -> None:
         path = config.runs / f"train-{T}.json"
         if not path.is_file():
             say(f"training step at T = {T:,}")
-            write_atomically(path, json.dumps(_training(T, config)).encode())
+            _keep(path, _training(T, config))
         write(config)
     for batch_size in BATCHES:
         path = config.runs / f"stream-{batch_size}.json"
         if not path.is_file():
             say(f"one symbol behind a context, {batch_size} streams")
-            write_atomically(path, json.dumps(_streaming(batch_size, config)).encode())
+            _keep(path, _streaming(batch_size, config))
     write(config)
+
+
+def _keep(path: Path, figures: dict[str, Any]) -> None:
+    # the tables may be written again by a later commit
+    content = results.origin() | {"figures": figures}
+    write_atomically(path, json.dumps(content).encode())
 
 
 def _training(T: int, config: EfficiencyConfig) -> dict[str, dict[str, float]]:
@@ -216,16 +223,19 @@ def _streaming(batch_size: int, config: EfficiencyConfig) -> dict[str, dict[str,
 
 def write(config: EfficiencyConfig) -> None:
     """Write the folder of results from what is measured so far."""
-    train = {T: _read(config.runs / f"train-{T}.json") for T in LENGTHS}
-    train = {T: figures for T, figures in train.items() if figures and config.longest >= T}
-    stream = {B: figures for B in BATCHES if (figures := _read(config.runs / f"stream-{B}.json"))}
+    lengths = (T for T in LENGTHS if config.longest >= T)
+    training, train = _read({T: config.runs / f"train-{T}.json" for T in lengths})
+    streaming, stream = _read({B: config.runs / f"stream-{B}.json" for B in BATCHES})
     tables = [*_training_tables(train, config.batch_size), *_streaming_tables(stream)]
-    facts = {"config": asdict(config), "training": train, "streaming": stream}
-    publish(config.out, "minrnn reproduce efficiency", facts, tables, draw(train, stream))
+    facts = {"config": asdict(config), "training": training, "streaming": streaming}
+    command = "minrnn reproduce efficiency"
+    results.publish(config.out, command, facts, tables, draw(train, stream))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _read(paths: dict[int, Path]) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The files that are there, and the figures in them."""
+    found = {key: json.loads(path.read_text()) for key, path in paths.items() if path.is_file()}
+    return found, {key: content["figures"] for key, content in found.items()}
 
 
 def _training_tables(train: dict[int, dict[str, Any]], batch_size: int) -> Iterator[TextTable]:
@@ -243,13 +253,10 @@ def _training_tables(train: dict[int, dict[str, Any]], batch_size: int) -> Itera
 
 def _cell(of: Callable[[Subject, dict[str, Any]], float], subject: Subject, figures: Any) -> str:
     try:
-        return (
-            f"{of(subject, figures):,.3g}"
-            if of(subject, figures) < 1000
-            else f"{of(subject, figures):,.0f}"
-        )
+        value = of(subject, figures)
     except KeyError:
         return "-"
+    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _streaming_tables(stream: dict[int, dict[str, Any]]) -> Iterator[TextTable]:
@@ -264,9 +271,10 @@ def _streaming_tables(stream: dict[int, dict[str, Any]]) -> Iterator[TextTable]:
 
 
 def draw(train: dict[int, dict[str, Any]], stream: dict[int, dict[str, Any]]) -> Figure:
-    """Training time, speed-up and memory over length; below, the same of one more symbol."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    panels = figure.subplots(2, 3).flatten()
+    """Training time, speed-up and memory over length; beside them, what one more symbol costs."""
+    # two columns can be read on a phone
+    figure = Figure(figsize=(8.5, 11), layout="constrained")
+    panels = figure.subplots(3, 2).T.flatten()
     for number, subject in enumerate(SUBJECTS):
         style = {"color": f"C{number}", "marker": "osD^v<>Pp*"[number], "markersize": 4}
         style |= {"label": subject.name, "linewidth": 1.2}
@@ -291,7 +299,7 @@ def draw(train: dict[int, dict[str, Any]], stream: dict[int, dict[str, Any]]) ->
     for panel, words in zip(panels, ["T, steps"] * 3 + ["context, steps"] * 3, strict=True):
         panel.set_xlabel(words)
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

@@ -38,6 +38,12 @@ class TextTable:
         return "\n".join([f"## {self.title}", "", *lines, *notes, ""])
 
 
+def origin() -> dict[str, str | None]:
+    """When, and from what code, a figure comes."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"date": date, "commit": measure.commit()}
+
+
 def publish(
     out: Path,
     command: str,
@@ -55,10 +61,8 @@ def publish(
         picture: drawn from the figures.
     """
     out.mkdir(parents=True, exist_ok=True)
-    facts = {
+    facts = origin() | {
         "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": measure.commit(),
         "versions": measure.versions(("accelerate", "mambapy", "minGRU-pytorch")),
         "machine": measure.machine() | {"python": platform.python_version()},
     }
