@@ -80,11 +80,13 @@ class ModelConfig:
     """minLSTM only: divide its gates by their sum."""
     forget_bias: float = 0.0
     """minLSTM only: added to the forget gate's bias at the start."""
+    longest_memory: int = 0
+    """minGRU, minLSTM: at first channels forget after 1 to this many steps; 0: after about 2."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         lowest = {"vocab_size": 0, "width": 1, "num_layers": 1, "expansion": 1}
-        lowest |= {"num_heads": 1, "state_size": 1}
+        lowest |= {"num_heads": 1, "state_size": 1, "longest_memory": 0}
         for name, least in (lowest | {"conv_width": 0, "mlp_ratio": 0}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}")
@@ -93,6 +95,10 @@ class ModelConfig:
         if self.mixer != "minlstm" and (self.forget_bias or not self.normalized):
             raise ValueError(
                 f"`normalized` and `forget_bias` belong to the mixer 'minlstm', got {self.mixer!r}"
+            )
+        if self.longest_memory and self.mixer not in ("mingru", "minlstm"):
+            raise ValueError(
+                f"`longest_memory` belongs to the mixers 'mingru' and 'minlstm', got {self.mixer!r}"
             )
 
 
@@ -191,11 +197,12 @@ def _block(config: ModelConfig) -> Block:
 def build_mixer(config: ModelConfig) -> Mixer:
     """The mixer that `config` names, with its options."""
     width, expansion, name = config.width, config.expansion, config.mixer
-    if name == "mingru":
-        return MinimalRNN(MinGRU, width, expansion, candidate=config.candidate)
-    if name == "minlstm":
-        options = {"normalized": config.normalized, "forget_bias": config.forget_bias}
-        return MinimalRNN(MinLSTM, width, expansion, candidate=config.candidate, **options)
+    if name in ("mingru", "minlstm"):
+        options: dict[str, Any] = {"candidate": config.candidate}
+        if name == "minlstm":
+            options |= {"normalized": config.normalized, "forget_bias": config.forget_bias}
+        layer = MinGRU if name == "mingru" else MinLSTM
+        return MinimalRNN(layer, width, expansion, config.longest_memory, **options)
     if name in ("gru", "lstm"):
         return RecurrentNetwork(nn.GRU if name == "gru" else nn.LSTM, width, expansion)
     if name in ("attention", "aaren"):

@@ -1,6 +1,7 @@
 """The paper's competitors against their equations, against others, and against closed forms."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import get_args
 
@@ -189,11 +190,25 @@ def test_every_mixer_makes_a_model_that_learns(mixer: str) -> None:
     assert state.batch_size == 4
 
 
-def test_mamba_is_that_of_mambapy() -> None:
+def block_of_mambapy() -> nn.Module:
     theirs = importlib.import_module("mambapy.mamba")
-    config = theirs.MambaConfig(d_model=16, n_layers=1, d_state=4, expand_factor=2)
+    return theirs.MambaBlock(theirs.MambaConfig(d_model=16, n_layers=1, d_state=4, expand_factor=2))
+
+
+def block_of_transformers() -> nn.Module:
+    theirs = importlib.import_module("transformers.models.mamba.modeling_mamba")
+    sizes = {"hidden_size": 16, "state_size": 4, "expand": 2, "time_step_rank": 1}
+    return theirs.MambaMixer(theirs.MambaConfig(**sizes), layer_idx=0)
+
+
+# transformers has left Python 3.10 behind
+BLOCKS = [block_of_mambapy, block_of_transformers][: 1 + (sys.version_info >= (3, 11))]
+
+
+@pytest.mark.parametrize("theirs", BLOCKS)
+def test_mamba_is_that_of_others(theirs: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    block = theirs.MambaBlock(config)
+    block = theirs()
     ours = Mamba(16, 2, S6(32, 4, rank=1))
     inner = ("x_proj", "dt_proj", "A_log", "D")
     names = {"conv1d": "conv"} | {name: f"inner.{name}" for name in inner}
@@ -217,3 +232,27 @@ def test_mamba_is_that_of_mambapy() -> None:
 def test_sizes_that_do_not_fit_are_named(make: Callable[[], Mixer], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def built(seed: int, **fields: object) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_mixer(ModelConfig(width=64, expansion=8, **fields)).rnn
+
+
+@pytest.mark.parametrize("name", ["mingru", "minlstm"])
+def test_memories_at_the_start_are_log_uniform(name: MixerName) -> None:
+    drawn, spread = built(0, mixer=name), built(0, mixer=name, longest_memory=100)
+    assert torch.equal(drawn.weight_ih_l0, spread.weight_ih_l0)
+    gates = (spread.bias_ih_l0 - drawn.bias_ih_l0).detach().unflatten(0, (-1, 512))
+    assert not gates[-1].any(), "the candidate's bias"
+    if name == "mingru":
+        z = gates[0].sigmoid()
+    else:
+        torch.testing.assert_close(gates[0], -gates[1])
+        z = gates[1].sigmoid() / (gates[0].sigmoid() + gates[1].sigmoid())
+    # z of an open gate is 1 / 2: its memory is 1 / z - 1 = 1 step
+    memory = 1 / z - 1
+    assert memory.min() >= 1 - 1e-5
+    assert memory.max() <= 100 * (1 + 1e-5)
+    tenths = (memory.log() / memory.new_tensor(100.0).log() * 10).long().clamp(0, 9).bincount()
+    assert tenths.min() > 512 / 10 / 2
