@@ -10,7 +10,7 @@ import torch
 
 from minrnn import cli, runs
 from minrnn.data import shakespeare as shakespeare_text
-from minrnn.experiments import efficiency, page, selective_copying, shakespeare
+from minrnn.experiments import efficiency, page, results, selective_copying, shakespeare
 from minrnn.experiments.results import TextTable, spread
 from minrnn.models import ModelConfig
 from minrnn.train_config import TrainConfig
@@ -154,10 +154,17 @@ def test_efficiency_measures_every_length_once(tmp_path, monkeypatch) -> None:
     assert cli.main(command) == 0
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert set(figures["training"]) == {"8"}
-    assert set(figures["training"]["8"]) == {subject.name for subject in efficiency.SUBJECTS}
+    first = figures["training"]["8"]
+    assert set(first["figures"]) == {subject.name for subject in efficiency.SUBJECTS}
     monkeypatch.setattr(efficiency, "_training", None)
     monkeypatch.setattr(efficiency, "_streaming", None)
+    # a later commit writes the tables again, and the figures keep theirs
+    monkeypatch.setattr(results.measure, "commit", lambda: "later")
     assert cli.main(command) == 0
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert figures["commit"] == "later"
+    assert figures["training"]["8"] == first
+    assert first["commit"] != "later"
 
 
 def test_page_holds_all_results(small_copying, tmp_path, capsys) -> None:

@@ -62,6 +62,8 @@ class ShakespeareConfig:
     """Updates at most; the schedule of the learning rate goes by it."""
     patience: int = 16
     """Evaluations, 25 steps apart, without a better one that end a training; 0 for none."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision; "no" is float32. The recurrent state is float32 always."""
     runs: Path = Path("runs/shakespeare")
     """Where the run folders are; what is there already goes on or is done."""
     out: Path = Path("results/shakespeare")
@@ -80,6 +82,7 @@ class Run(NamedTuple):
     name: Name
     seed: int
     parameters: int
+    precision: str
     curve: list[tuple[int, float]]
     """(step, loss of the test part), as far as it went"""
 
@@ -119,7 +122,8 @@ def reproduce(config: ShakespeareConfig, say: Callable[[str], None]) -> bool:
 
 def _start(name: Name, seed: int, folder: Path, text: Path, config: ShakespeareConfig) -> None:
     recipe = RECIPES["shakespeare"]
-    train = replace(recipe.train, seed=seed, steps=config.steps, patience=config.patience)
+    given = {name: getattr(config, name) for name in ("steps", "patience", "precision")}
+    train = replace(recipe.train, seed=seed, **given)
     model = ENTRIES[name].model
     runs.start(replace(recipe, data=text, out=folder, model=model, train=train))
 
@@ -139,7 +143,9 @@ def _runs(folder: Path) -> Iterator[Run]:
                 curve = [(row["step"], row["valid_loss"]) for row in rows if "valid_loss" in row]
                 model = ModelConfig(**checkpoint.read_config(path)["model"])
                 size = sum(p.numel() for p in LanguageModel(model).parameters())
-                yield Run(name, runs.read(path).train.seed, size, curve)
+                train = runs.read(path).train
+                precision = "float32" if train.precision == "no" else train.precision
+                yield Run(name, train.seed, size, precision, curve)
 
 
 def table(found: list[Run]) -> TextTable:
@@ -167,11 +173,12 @@ def table(found: list[Run]) -> TextTable:
             difference,
             str(len(own)),
             last,
+            ", ".join(sorted({run.precision for run in own})),
         ]
         rows.append(cells)
     head = ["model", "parameters", "best test loss", "at step", "paper", "difference", "seeds"]
     note = "Nats per character over the whole test part, evaluated every 25 steps."
-    return TextTable("Tiny Shakespeare", [*head, "trained to"], rows, [note])
+    return TextTable("Tiny Shakespeare", [*head, "trained to", "precision"], rows, [note])
 
 
 def draw(found: list[Run]) -> Figure:
@@ -186,7 +193,7 @@ def draw(found: list[Run]) -> Figure:
                 axes.plot(*zip(*run.curve, strict=True), color=color, linewidth=1.2, label=label)
         if entry.best_loss is not None:
             axes.plot(entry.best_step, entry.best_loss, "o", color=color, markerfacecolor="none")
-    axes.set_ylim(1.5, 2.2)
+    axes.set_ylim(1.45, 2.2)
     axes.set_xlabel("step")
     axes.set_ylabel("test loss (nats per character)")
     axes.grid(alpha=0.3)
