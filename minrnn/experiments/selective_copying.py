@@ -77,10 +77,19 @@ ENTRIES: dict[str, Entry] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """How long the sequences are, and how long is trained."""
+    """How long the sequences are, and how is trained."""
 
     length: int
     train: TrainConfig
+    longest_memory: int = 0
+    """of minGRU and minLSTM, see ModelConfig"""
+
+    def model(self, name: str) -> ModelConfig:
+        """The model of the entry `name`, as this preset starts it."""
+        model = ENTRIES[name].model
+        if model.mixer in ("mingru", "minlstm"):
+            model = replace(model, longest_memory=self.longest_memory)
+        return model
 
 
 PRESETS = {
@@ -98,17 +107,20 @@ PRESETS = {
             log_every=100,
         ),
     ),
+    # a quarter of an hour on one core for the largest; docs/results.md has what was tried
     "cpu": Preset(
-        256,
+        64,
         TrainConfig(
-            steps=3000,
-            learning_rate=3e-3,
-            min_learning_rate=3e-5,
+            steps=8000,
+            batch_size=32,
+            learning_rate=5e-3,
+            min_learning_rate=5e-5,
             warmup_steps=100,
             weight_decay=0.05,
-            eval_every=250,
+            eval_every=500,
             log_every=50,
         ),
+        longest_memory=150,
     ),
 }
 
@@ -185,7 +197,7 @@ def reproduce(config: CopyingConfig, say: Callable[[str], None]) -> bool:
 
 def _train(name: str, seed: int, folder: Path, preset: Preset) -> bool:
     """Train to the end; False if it was stopped before."""
-    model_config, train_config = ENTRIES[name].model, replace(preset.train, seed=seed)
+    model_config, train_config = preset.model(name), replace(preset.train, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {"model": asdict(model_config), "length": preset.length, "train": asdict(train_config)}
     if not (folder / "config.json").is_file():
