@@ -27,6 +27,7 @@ from torch import Tensor
 
 from minrnn.data import tokenizers
 from minrnn.data.tokenizers import Tokenizer
+from minrnn.decision import DecisionConfig, DecisionModel
 from minrnn.files import write_atomically
 from minrnn.models import LanguageModel, ModelConfig
 
@@ -42,12 +43,14 @@ class SaveError(OSError):
 class Checkpoint(NamedTuple):
     """A model with what turns text into its symbols, if it was saved with one."""
 
-    model: LanguageModel
+    model: LanguageModel | DecisionModel
     tokenizer: Tokenizer | None
 
 
 def save(
-    folder: str | os.PathLike[str], model: LanguageModel, tokenizer: Tokenizer | None = None
+    folder: str | os.PathLike[str],
+    model: LanguageModel | DecisionModel,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write a model as a run folder that `load` opens.
 
@@ -72,9 +75,10 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"cannot write the folder {folder}: {error.strerror}") from error
-    if (folder / _CONFIG).is_file() and "text" in read_config(folder):
+    if (folder / _CONFIG).is_file() and {"text", "trajectories"} & set(read_config(folder)):
         raise ValueError(f"`folder` must not hold a training, {folder} does")
-    notes: dict[str, Any] = {"model": dataclasses.asdict(model.config)}
+    kind = "model" if isinstance(model, LanguageModel) else "decision_model"
+    notes: dict[str, Any] = {kind: dataclasses.asdict(model.config)}
     if tokenizer is not None:
         notes["tokenizer"] = tokenizer.to_json()
     # the weights first: they are all that `load` reads of the two
@@ -108,10 +112,11 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
     tokenizer = None
     if "tokenizer" in notes:
         tokenizer = tokenizers.from_json(notes["tokenizer"])
-        if tokenizer.vocab_size != model.config.vocab_size:
+        vocab_size = model.config.vocab_size if isinstance(model, LanguageModel) else 0
+        if tokenizer.vocab_size != vocab_size:
             raise ValueError(
                 f"{weights} is damaged: its tokenizer has {tokenizer.vocab_size} symbols, "
-                f"its model {model.config.vocab_size}"
+                f"its model {vocab_size}"
             )
     return Checkpoint(model.eval(), tokenizer)
 
@@ -122,7 +127,8 @@ def save_weights(folder: Path, model: torch.nn.Module, step: int) -> None:
     With them goes what its `config.json` says of the model and the tokenizer.
     """
     config = read_config(folder)
-    notes = {name: config[name] for name in ("model", "tokenizer") if name in config}
+    kept = ("model", "decision_model", "tokenizer")
+    notes = {name: config[name] for name in kept if name in config}
     notes["step"] = step
     write_tensors(folder / WEIGHTS, model.state_dict(), notes)
 
@@ -144,16 +150,23 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Pa
     model.load_state_dict(dict(tensors))
 
 
-def build_model(path: Path, config: Mapping[str, Any]) -> LanguageModel:
+def build_model(path: Path, config: Mapping[str, Any]) -> LanguageModel | DecisionModel:
     """The model that `config`, read from `path`, describes, its weights as initialised.
 
     Raises:
         ValueError: the configuration is altered.
     """
     try:
+        if "decision_model" in config:
+            return DecisionModel(read_decision_config(config["decision_model"]))
         return LanguageModel(ModelConfig(**config["model"]))
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_decision_config(fields: Mapping[str, Any]) -> DecisionConfig:
+    """A `DecisionConfig` from its fields as JSON keeps them."""
+    return DecisionConfig(**{**fields, "blocks": ModelConfig(**fields["blocks"])})
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -25,8 +25,16 @@ def _check(name: str, value: Any, kind: Any) -> None:
             shown = ", ".join(map(repr, known))
             raise ValueError(f"`{name}` must be one of {shown}, got {value!r}")
         return
+    if get_origin(kind) is tuple:
+        _check_tuple(name, value, get_args(kind))
+        return
     optional = get_origin(kind) in (types.UnionType, Union)
     kinds = get_args(kind) if optional else (kind,)
+    pair = next((k for k in kinds if get_origin(k) is tuple), None)
+    if pair is not None and value is not None:
+        _check_tuple(name, value, get_args(pair))
+        return
+    kinds = tuple(tuple if k is pair else k for k in kinds)
     # an int will do where a float is wanted, a bool is no number
     accepted = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
@@ -34,3 +42,14 @@ def _check(name: str, value: Any, kind: Any) -> None:
         raise TypeError(f"`{name}` must be {wanted}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite, got {value}")
+
+
+def _check_tuple(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    """`value` against tuple[kind, ...] or tuple[kind, kind]."""
+    if not isinstance(value, tuple):
+        raise TypeError(f"`{name}` must be tuple, got {value!r}")
+    many = kinds[-1] is Ellipsis
+    if not many and len(value) != len(kinds):
+        raise ValueError(f"`{name}` must have {len(kinds)} parts, got {value!r}")
+    for part, kind in zip(value, kinds[:1] * len(value) if many else kinds, strict=True):
+        _check(name, part, kind)

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 import minrnn
-from minrnn import checkpoint, runs
+from minrnn import checkpoint
 from minrnn.data import text as text_data
 from minrnn.ops.operators import OPERATORS
+from minrnn.runs import decisions
+from minrnn.runs import text as text_runs
 
 _DEVICES = ("CPU", "CUDA", "MPS")
 
@@ -52,14 +54,18 @@ def describe_run(folder: Path) -> Iterator[str]:
     """
     config = checkpoint.read_config(folder)
     yield f"run {folder}"
-    text = runs.read(folder) if "text" in config else None
+    text = text_runs.read(folder) if "text" in config else None
     if text is not None:
         yield f"text {text.data or 'tiny Shakespeare'} as {text.tokenizer}"
     if text is not None and (folder / "corpus" / "corpus.json").is_file():
         corpus = text_data.load(folder / "corpus")
         valid = corpus.num_tokens - corpus.num_train
         yield f"symbols {corpus.num_train:,} to train on, {valid:,} to validate on"
-    if "model" in config:
+    rl = decisions.read(folder) if "trajectories" in config else None
+    if rl is not None:
+        share = "" if rl.best == 1 else f", the best {100 * rl.best:g} % of it"
+        yield f"episodes of {config['environment']} in {', '.join(map(str, rl.data))}{share}"
+    if "model" in config or "decision_model" in config:
         model = checkpoint.build_model(folder / "config.json", config)
         count = sum(p.numel() for p in model.parameters())
         yield f"model {model.config}"
@@ -67,7 +73,8 @@ def describe_run(folder: Path) -> Iterator[str]:
     last = folder / "training_state" / "last.safetensors"
     if last.is_file():
         notes = checkpoint.read_tensors(last)[1]
-        steps = "" if text is None else f" of {text.train.steps:,}"
+        settings = text or rl
+        steps = "" if settings is None else f" of {settings.train.steps:,}"
         yield f"saved at step {notes.get('step', 0):,}{steps}"
         if notes.get("best_loss") is not None:
             yield f"best validation loss {notes['best_loss']:.4f} at step {notes['best_step']:,}"

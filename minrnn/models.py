@@ -19,6 +19,7 @@ from minrnn.mixers import (
     Mamba,
     MinimalRNN,
     Mixer,
+    NoMixer,
     RecurrentNetwork,
     Ungated,
 )
@@ -39,6 +40,7 @@ MixerName = Literal[
     "hyena",
     "s4d",
     "s6",
+    "none",
 ]
 Candidate = Literal["g", "identity", "tanh"]
 
@@ -115,6 +117,33 @@ _FRAMED: dict[str, tuple[Any, str]] = {
 }
 
 
+class Blocks(nn.ModuleList):
+    """The layers of a model, one behind the other; their states are named "0", "1", ..."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        sizes = {"conv_width": config.conv_width, "mlp_ratio": config.mlp_ratio}
+        super().__init__(
+            Block(build_mixer(config), config.width, **sizes, dropout=config.dropout)
+            for _ in range(config.num_layers)
+        )
+
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first step."""
+        parts: dict[str, Tensor | State] = {}
+        for number, block in enumerate(self):
+            assert isinstance(block, Block)
+            parts[str(number)] = block.init_state(batch_size)
+        return State(parts)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Run x (B, T, width) behind `state`."""
+        states: dict[str, Tensor | State] = {}
+        for number, block in enumerate(self):
+            name = str(number)
+            x, states[name] = block(x, None if state is None else state.inner(name))
+        return x, State(states)
+
+
 class LanguageModel(nn.Module):
     """Predicts the next symbol after each symbol of a text, in constant memory per stream.
 
@@ -145,7 +174,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"`config.vocab_size` must be >= 1, got {config.vocab_size}")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_layers))
+        self.blocks = Blocks(config)
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size)
         # at the start every symbol is about equally likely
@@ -154,11 +183,7 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch_size: int) -> State:
         """The state before the first symbol; `forward` takes None for the same."""
-        parts: dict[str, Tensor | State] = {}
-        for number, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            parts[str(number)] = block.init_state(batch_size)
-        return State(parts)
+        return self.blocks.init_state(batch_size)
 
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Read `ids` behind what `state` has read.
@@ -177,21 +202,8 @@ class LanguageModel(nn.Module):
             raise TypeError(f"`ids` must hold integers, got {ids.dtype}")
         # (B, T) to (B, T, width)
         x = self.embedding(ids)
-        states: dict[str, Tensor | State] = {}
-        for number, block in enumerate(self.blocks):
-            name = str(number)
-            x, states[name] = block(x, None if state is None else state.inner(name))
-        return self.head(self.norm(x)), State(states)
-
-
-def _block(config: ModelConfig) -> Block:
-    return Block(
-        build_mixer(config),
-        config.width,
-        conv_width=config.conv_width,
-        mlp_ratio=config.mlp_ratio,
-        dropout=config.dropout,
-    )
+        y, last = self.blocks(x, state)
+        return self.head(self.norm(y)), last
 
 
 def build_mixer(config: ModelConfig) -> Mixer:
@@ -205,6 +217,8 @@ def build_mixer(config: ModelConfig) -> Mixer:
         return MinimalRNN(layer, width, expansion, config.longest_memory, **options)
     if name in ("gru", "lstm"):
         return RecurrentNetwork(nn.GRU if name == "gru" else nn.LSTM, width, expansion)
+    if name == "none":
+        return NoMixer()
     if name in ("attention", "aaren"):
         return (Attention if name == "attention" else Aaren)(width, config.num_heads)
     frame, inner = _FRAMED[name]

@@ -1,11 +1,12 @@
 """Named settings: a recipe is an instance of a configuration."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from minrnn.configs import check_fields
 from minrnn.data.tokenizers import Kind
+from minrnn.decision import DecisionConfig
 from minrnn.models import ModelConfig
 from minrnn.train_config import TrainConfig
 
@@ -67,5 +68,68 @@ RECIPES: dict[RecipeName, TextConfig] = {
             warmup_steps=50,
             eval_every=100,
         ),
+    ),
+}
+
+
+RlRecipeName = Literal["paper", "cpu"]
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    """Train a decision model on episodes that others played.
+
+    Raises:
+        ValueError: a field is out of range.
+        TypeError: a field has another type.
+    """
+
+    recipe: RlRecipeName = "cpu"
+    """Settings to begin with: the paper's, or its model for ten minutes on two cores."""
+    data: tuple[Path, ...] = ()
+    """D4RL files (HDF5), folders of them, or Minari sets by folder or name; all of one kind."""
+    env: str | None = None
+    """gymnasium's name of the environment, e.g. Hopper-v5; None for what the data says."""
+    out: Path | None = None
+    """The run folder to make; None takes the first free one of runs/rl, runs/rl-2, ..."""
+    context: int = 20
+    """Steps in a window."""
+    best: float = 1.0
+    """Share of the steps that is learnt from: those of the episodes with the highest returns."""
+    target: float | None = None
+    """The return that is asked for when the model acts; None for 3,600 (Hopper), 12,000
+    (HalfCheetah), 5,000 (Walker2d), or the highest of the data."""
+    reference: tuple[float, float] | None = None
+    """Returns of a random and of an expert policy, which scores go by; None for what is known."""
+    model: DecisionConfig = field(default_factory=DecisionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.context < 1:
+            raise ValueError(f"`context` must be >= 1, got {self.context}")
+        if not 0 < self.best <= 1:
+            raise ValueError(f"`best` must be in (0, 1], got {self.best}")
+        if self.reference is not None and self.reference[0] >= self.reference[1]:
+            raise ValueError(f"`reference` must be (random, expert), rising, got {self.reference}")
+
+
+# Feng et al. 2024, appendix, and Chen et al. 2021, table 9, for what it leaves to them
+_RL = TrainConfig(
+    steps=100_000,
+    learning_rate=1e-3,
+    min_learning_rate=1e-3,
+    warmup_steps=10_000,
+    weight_decay=1e-4,
+    beta2=0.999,
+    clip_norm=0.25,
+    eval_every=1000,
+    keep="last",
+    log_every=100,
+)
+RL_RECIPES: dict[RlRecipeName, RlConfig] = {
+    "paper": RlConfig(recipe="paper", train=_RL),
+    "cpu": RlConfig(
+        train=replace(_RL, steps=5000, warmup_steps=500, min_learning_rate=1e-5, eval_every=500)
     ),
 }

@@ -7,6 +7,10 @@ from torch import Tensor, nn
 from minrnn import losses
 from minrnn.data.batch import Batch
 from minrnn.data.text import Corpus
+from minrnn.data.trajectories import Trajectories, windows
+
+# a seed that no training step has
+_VALIDATION = 1 << 40
 
 
 class TextTask:
@@ -27,3 +31,27 @@ class TextTask:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Nats per symbol."""
         return losses.next_symbol(model, batch)
+
+
+class DecisionTask:
+    """Windows of trajectories, and the squared error of the actions.
+
+    There is no part that is only validated on: what counts is the return in the environment. The
+    validation loss is that of the same eight batches of the data each time.
+    """
+
+    def __init__(self, data: Trajectories, steps: int) -> None:
+        self.data, self.steps = data, steps
+
+    def batch(self, batch_size: int, seed: tuple[int, ...]) -> Batch:
+        """Windows from random places."""
+        return windows(self.data, self.steps, batch_size, seed)
+
+    def validation(self, batch_size: int) -> Iterator[Batch]:
+        """Eight batches that are always the same."""
+        seeds = ((_VALIDATION, number) for number in range(8))
+        return (windows(self.data, self.steps, batch_size, seed) for seed in seeds)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Squared error for each number of an action."""
+        return losses.action_error(model, batch)

@@ -260,7 +260,7 @@ class _Loop:
         if not math.isfinite(valid_loss):
             raise self._not_finite("the validation loss", valid_loss, self.step)
         self._log({"valid_loss": valid_loss})
-        if valid_loss < self.best_loss:
+        if valid_loss < self.best_loss or self.config.keep == "last":
             self.best_loss, self.best_step = valid_loss, self.step
         return Event(event.step, event.loss, event.learning_rate, valid_loss)
 

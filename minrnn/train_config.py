@@ -43,6 +43,8 @@ class TrainConfig:
     """Steps between evaluations on the validation part; each is followed by a save."""
     patience: int = 0
     """Evaluations in a row without a better one that end the training; 0 for no such end."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights a run ends with: those of the lowest validation loss, or the last."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     seed: int = 0
@@ -65,6 +67,8 @@ class TrainConfig:
             for name in names.split():
                 if not inside[range_](getattr(self, name)):
                     raise ValueError(f"`{name}` must be {range_}, got {getattr(self, name)}")
+        if self.patience and self.keep == "last":
+            raise ValueError("`patience` waits for a best loss, and `keep` is 'last'")
         if self.seed >= 1 << 63:
             raise ValueError(f"`seed` must be below 2^63, got {self.seed}")
         if self.batch_size % self.accumulation:

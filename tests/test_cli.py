@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minrnn import cli, info, recipes, runs
+from minrnn import cli, info, recipes
+from minrnn.runs import text as runs
 
 SMALL = ["--context", "16", "--width", "16", "--num-layers", "1", "--steps", "4"]
 SMALL += ["--batch-size", "4", "--eval-every", "2", "--valid-limit", "100"]
@@ -195,7 +196,7 @@ def test_bad_checkpoints_are_refused(run: Path, tmp_path, capsys) -> None:
 def test_unknown_words_are_refused_with_the_known(source: Path, capsys) -> None:
     assert "unknown command 'trian' (known: train text, " in _refused(capsys, "trian")
     said = _refused(capsys, "data", "shakespear", "x")
-    assert "(known: data shakespeare, data tiny-shakespeare)" in said
+    assert "(known: data shakespeare, data tiny-shakespeare, " in said
     said = _refused(capsys, "train", "text", "--recipe", "shakespear", "--data", source)
     assert "shakespear" in said
     assert "'shakespeare', 'demo'" in said

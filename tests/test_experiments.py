@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from minrnn import cli, runs
+from minrnn import cli
 from minrnn.data import shakespeare as shakespeare_text
 from minrnn.experiments import efficiency, page, results, selective_copying, shakespeare
 from minrnn.experiments.results import TextTable, spread
 from minrnn.models import ModelConfig
+from minrnn.runs import text as runs
 from minrnn.train_config import TrainConfig
 
 

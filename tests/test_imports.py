@@ -21,10 +21,12 @@ STOREYS = [
     {"mixers"},
     {"blocks"},
     {"models"},
+    {"decision"},
     {"data", "losses"},
     {"checkpoint", "tasks", "train_config"},
     {"train", "stream", "interrupts"},
-    {"plots", "progress", "recipes"},
+    {"plots", "progress", "recipes", "acting"},
+    {"collecting"},
     {"runs"},
     {"info"},
     {"bench"},
@@ -33,7 +35,10 @@ STOREYS = [
     {"__main__"},
 ]
 # what `data` must not know, though models stand below it
-FORBIDDEN = {"data": {"models", "blocks", "mixers", "layers", "state", "ops"}, "ops": {"files"}}
+FORBIDDEN = {
+    "data": {"models", "decision", "blocks", "mixers", "layers", "state", "ops"},
+    "ops": {"files"},
+}
 
 
 def _module(path: Path) -> str:

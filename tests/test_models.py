@@ -92,7 +92,7 @@ def test_wrong_ids_are_named() -> None:
         ("num_layers", 0, "`num_layers` must be >= 1, got 0"),
         ("conv_width", -1, "`conv_width` must be >= 0, got -1"),
         ("dropout", 1.0, r"`dropout` must be in \[0, 1\), got 1.0"),
-        ("mixer", "rnn", "`mixer` must be one of 'mingru', 'minlstm', .*, 's6', got 'rnn'"),
+        ("mixer", "rnn", "`mixer` must be one of 'mingru', 'minlstm', .*, 'none', got 'rnn'"),
         ("candidate", "relu", "`candidate` must be one of 'g', 'identity', 'tanh', got 'relu'"),
     ],
 )

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minrnn import checkpoint, files, runs, train
+from minrnn import checkpoint, files, train
 from minrnn.data import text
 from minrnn.models import LanguageModel, ModelConfig
 from minrnn.recipes import RECIPES, TextConfig
+from minrnn.runs import text as runs
 from minrnn.tasks import TextTask
 from minrnn.train import NonFiniteLossError, evaluate
 from minrnn.train_config import TrainConfig

@@ -7,29 +7,34 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes
 
-from minrnn.cli import bench, reproduce, text
-from minrnn.recipes import RECIPES, RecipeName, TextConfig
+from minrnn.cli import bench, reproduce, rl, runs, text
+from minrnn.recipes import RECIPES, RL_RECIPES, RecipeName, RlConfig, RlRecipeName, TextConfig
 from minrnn.train import NonFiniteLossError
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "train text": text.train_text,
-    "train": text.resume_run,
-    "eval": text.evaluate_run,
+    "train rl": rl.train_rl,
+    "train": runs.resume_run,
+    "eval": text.evaluate_text,
     "generate": text.generate_text,
     "data shakespeare": text.write_plays,
     "data tiny-shakespeare": text.write_tiny_shakespeare,
+    "data rl info": rl.show_trajectories,
+    "data rl convert": rl.convert_trajectories,
+    "data rl collect": rl.collect_trajectories,
     "bench precision": bench.measure_precision,
     **{f"bench {name}": command for name, command in bench.BENCHES.items()},
     "reproduce shakespeare": reproduce.reproduce_shakespeare,
     "reproduce selective-copying": reproduce.reproduce_selective_copying,
     "reproduce efficiency": reproduce.reproduce_efficiency,
+    "reproduce d4rl": reproduce.reproduce_d4rl,
     "reproduce report": reproduce.write_report,
     "info": text.show_info,
 }
@@ -41,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_help())
         return 0
-    command = next((name for name in (" ".join(args[:2]), args[0]) if name in COMMANDS), None)
+    command = next((name for n in (3, 2, 1) if (name := " ".join(args[:n])) in COMMANDS), None)
     if command is None:
         begun = [name for name in COMMANDS if name.split()[0] == args[0]]
         known = ", ".join(begun or COMMANDS)
@@ -55,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except (ValueError, OSError, NonFiniteLossError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, NonFiniteLossError) as error:
         return _refuse(f"minrnn {command}", str(error))
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
@@ -76,20 +81,32 @@ def _summary(command: Callable[..., int]) -> str:
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class _Text:
     recipe: RecipeName = "shakespeare"
+
+
+@dataclass(frozen=True)
+class _Rl:
+    recipe: RlRecipeName = "cpu"
+
+
+# commands that take a recipe: what chooses it, the configuration, the recipes
+_RECIPES: dict[str, tuple[type, type, Mapping[Any, Any]]] = {
+    "train text": (_Text, TextConfig, RECIPES),
+    "train rl": (_Rl, RlConfig, RL_RECIPES),
+}
 
 
 def _run(command: str, args: list[str]) -> int:
     options: dict[str, Any] = {"prog": f"minrnn {command}", "config": (OmitArgPrefixes,)}
     function = COMMANDS[command]
-    if function is not text.train_text:
-        return _parsed(function, args, options)()
+    if command not in _RECIPES:
+        return _parsed(runs.of_kind(function, args), args, options)()
     # a recipe is the set of defaults that the other options are read against
+    chooses, kind, recipes = _RECIPES[command]
     asked = [a for a in args if a not in ("-h", "--help")]
-    chosen, _ = _parsed(_Chosen, asked, options | {"return_unknown_args": True})
-    config = _parsed(TextConfig, args, options | {"default": RECIPES[chosen.recipe]})
-    return text.train_text(config)
+    chosen, _ = _parsed(chooses, asked, options | {"return_unknown_args": True})
+    return function(_parsed(kind, args, options | {"default": recipes[chosen.recipe]}))
 
 
 def _parsed(kind: Callable[..., Any], args: list[str], options: dict[str, Any]) -> Any:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
-from minrnn.experiments import efficiency, page, results, selective_copying, shakespeare
+from minrnn.experiments import d4rl, efficiency, page, results, selective_copying, shakespeare
+from minrnn.experiments.d4rl import D4rlConfig
 from minrnn.experiments.efficiency import EfficiencyConfig
 from minrnn.experiments.selective_copying import CopyingConfig
 from minrnn.experiments.shakespeare import ShakespeareConfig
@@ -26,6 +27,11 @@ def reproduce_efficiency(
     """Measure time and memory of training steps and of generation, over length."""
     efficiency.reproduce(config, print)
     return _reproduced(True, config.out)
+
+
+def reproduce_d4rl(config: OmitArgPrefixes[D4rlConfig]) -> int:
+    """Train decision models on others' episodes and let them play."""
+    return _reproduced(d4rl.reproduce(config, print), config.out)
 
 
 def write_report(results: Path = Path("results"), out: Path = Path("results/index.html")) -> int:

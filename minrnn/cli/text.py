@@ -9,28 +9,30 @@ from pathlib import Path
 import torch
 from tyro.conf import Positional
 
-from minrnn import checkpoint, info, losses, plots, runs
+from minrnn import checkpoint, info, losses, plots
 from minrnn.data import shakespeare
 from minrnn.data import text as text_data
 from minrnn.data.tokenizers import Characters
 from minrnn.files import write_atomically
+from minrnn.models import LanguageModel
 from minrnn.recipes import TextConfig
+from minrnn.runs import text as text_runs
 from minrnn.stream import Sampling, generate
 from minrnn.train import evaluate
 
 
 def train_text(config: TextConfig) -> int:
     """Train a language model on a text."""
-    return resume_run(runs.start(config))
+    return resume_text(text_runs.start(config))
 
 
-def resume_run(resume: Path) -> int:
-    """Go on with a training that was stopped or killed; `minrnn train text` starts one.
+def resume_text(resume: Path) -> int:
+    """Go on with a training on a text.
 
     Args:
         resume: the run folder.
     """
-    result = runs.go_on(resume)
+    result = text_runs.go_on(resume)
     plots.draw_loss(resume)
     if result.interrupted:
         print(f"stopped at step {result.step}; go on by: minrnn train --resume {resume}")
@@ -40,14 +42,16 @@ def resume_run(resume: Path) -> int:
     return 0
 
 
-def evaluate_run(
+def evaluate_text(
     run: Positional[Path],
     data: Path | None = None,
     context: int = 0,
     batch_size: int = 64,
     device: str = "auto",
 ) -> int:
-    """Measure the model of a run on the validation part of its text, or on another text.
+    """Measure the model of a run: on the validation part of its text, or in its environment.
+
+    RUN --help says what a run of `minrnn train rl` takes.
 
     Args:
         run: the run folder.
@@ -58,7 +62,7 @@ def evaluate_run(
     """
     model, tokenizer = checkpoint.load(run)
     if data is None or not context:
-        config = runs.read(run)
+        config = text_runs.read(run)
         context = context or config.context
     if context < 1 or batch_size < 1:
         raise ValueError(f"`context` and `batch_size` must be >= 1, got {context}, {batch_size}")
@@ -105,6 +109,7 @@ def generate_text(
     model, tokenizer = checkpoint.load(run)
     if tokenizer is None:
         raise ValueError(f"{run} was saved without a tokenizer")
+    assert isinstance(model, LanguageModel)
     model = model.to(_device(device))
     if prompt is None:
         known = tokenizer.vocabulary if isinstance(tokenizer, Characters) else "\n"

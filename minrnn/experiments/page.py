@@ -12,6 +12,7 @@ from minrnn.files import write_atomically
 _TITLES = {
     "shakespeare": "Language models on tiny Shakespeare",
     "selective-copying": "Selective copying",
+    "d4rl": "Offline reinforcement learning",
     "efficiency": "Time and memory over length",
 }
 # wide tables scroll by themselves, so that the page fits a phone

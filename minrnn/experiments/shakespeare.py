@@ -8,12 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 from matplotlib.figure import Figure
 
-from minrnn import checkpoint, runs
+from minrnn import checkpoint
 from minrnn.configs import check_fields
 from minrnn.data.shakespeare import tiny_shakespeare
 from minrnn.experiments.results import TextTable, publish, spread
 from minrnn.models import LanguageModel, ModelConfig
 from minrnn.recipes import RECIPES
+from minrnn.runs import text as text_runs
 
 Name = Literal["mingru", "minlstm", "mamba", "attention", "lstm", "gru"]
 
@@ -113,7 +114,7 @@ def reproduce(config: ShakespeareConfig, say: Callable[[str], None]) -> bool:
             say(f"{ENTRIES[name].title}, seed {seed}: {folder}")
             if not (folder / "config.json").is_file():
                 _start(name, seed, folder, text, config)
-            finished = not runs.go_on(folder).interrupted
+            finished = not text_runs.go_on(folder).interrupted
             write(config)
             if not finished:
                 return False
@@ -125,7 +126,7 @@ def _start(name: Name, seed: int, folder: Path, text: Path, config: ShakespeareC
     given = {name: getattr(config, name) for name in ("steps", "patience", "precision")}
     train = replace(recipe.train, seed=seed, **given)
     model = ENTRIES[name].model
-    runs.start(replace(recipe, data=text, out=folder, model=model, train=train))
+    text_runs.start(replace(recipe, data=text, out=folder, model=model, train=train))
 
 
 def write(config: ShakespeareConfig) -> None:
@@ -143,7 +144,7 @@ def _runs(folder: Path) -> Iterator[Run]:
                 curve = [(row["step"], row["valid_loss"]) for row in rows if "valid_loss" in row]
                 model = ModelConfig(**checkpoint.read_config(path)["model"])
                 size = sum(p.numel() for p in LanguageModel(model).parameters())
-                train = runs.read(path).train
+                train = text_runs.read(path).train
                 precision = "float32" if train.precision == "no" else train.precision
                 yield Run(name, train.seed, size, precision, curve)
 

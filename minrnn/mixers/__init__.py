@@ -25,5 +25,6 @@ from minrnn.mixers.hyena import LongConvolution as LongConvolution
 from minrnn.mixers.mamba import S6 as S6
 from minrnn.mixers.mamba import Mamba as Mamba
 from minrnn.mixers.minimal import MinimalRNN as MinimalRNN
+from minrnn.mixers.none import NoMixer as NoMixer
 from minrnn.mixers.recurrent import RecurrentNetwork as RecurrentNetwork
 from minrnn.mixers.s4d import S4D as S4D

@@ -1,8 +1,6 @@
-"""A training on text as a folder: started, and taken up again from wherever it stands."""
+"""A training on text as a folder."""
 
-import contextlib
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from minrnn.files import write_atomically
 from minrnn.models import ModelConfig
 from minrnn.progress import Progress
 from minrnn.recipes import TextConfig
+from minrnn.runs.folder import free_folder, new_folder
 from minrnn.tasks import TextTask
 from minrnn.train import Result, train
 from minrnn.train_config import TrainConfig
@@ -35,29 +34,16 @@ def start(config: TextConfig) -> Path:
         FileNotFoundError: there is no such text.
         SaveError: the folder cannot be made.
     """
-    folder = config.out or _free_folder(Path("runs"), config.recipe)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{folder} is not empty; go on with a run in it by --resume {folder}, "
-            "or choose another --out"
-        )
+    folder = config.out or free_folder(Path("runs"), config.recipe)
     if config.data is not None and config.data.resolve() in folder.resolve().parents:
         raise ValueError(
             f"the run folder {folder} lies inside the text's folder {config.data} and would be "
             "read as text; choose another --out"
         )
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise checkpoint.SaveError(f"cannot make the folder {folder}: {error.strerror}") from error
-    try:
+    with new_folder(folder, ("config.json", _TINY_SHAKESPEARE, "corpus")):
         checkpoint.write_config(folder, {"text": _to_json(config)})
         with _progress(config) as progress:
             _corpus(config, folder, {}, progress)
-    except (ValueError, OSError):
-        _take_back(folder, made)
-        raise
     return folder
 
 
@@ -129,23 +115,6 @@ def _corpus(config: TextConfig, folder: Path, saved: dict[str, Any], progress: P
         raise ValueError(f"the text of {folder} has changed since its training began")
     corpus.check_windows(config.context)
     return corpus
-
-
-def _take_back(folder: Path, made: bool) -> None:
-    """Remove what `start` wrote, and the folder if it made it; never hide the reason for it."""
-    with contextlib.suppress(OSError):
-        for path in (folder / "config.json", folder / _TINY_SHAKESPEARE):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(folder / "corpus", ignore_errors=True)
-        if made:
-            folder.rmdir()
-
-
-def _free_folder(parent: Path, name: str) -> Path:
-    number = 1
-    while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
 
 
 def _to_json(config: TextConfig) -> dict[str, Any]:

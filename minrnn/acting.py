@@ -1,0 +1,289 @@
+"""Acting: a decision model plays an environment, from a window of steps or a state it carries."""
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minrnn.configs import check_fields
+from minrnn.decision import DecisionModel
+from minrnn.state import State
+
+Way = Literal["window", "stream"]
+# mixers whose state is all that they have read
+GROWING = ("attention", "hyena", "mamba-hyena")
+# steps after which an episode ends whose environment sets no limit
+_LIMIT = 1000
+
+
+@dataclass(frozen=True)
+class ActingConfig:
+    """How episodes are played.
+
+    Raises:
+        ValueError: a field is out of range.
+        TypeError: a field has another type.
+    """
+
+    target: float | None = None
+    """The return that is asked for; None for that of the run."""
+    episodes: int = 100
+    """Episodes to play."""
+    way: Way = "window"
+    """window computes the last `context` steps for each action; stream carries a state."""
+    context: int = 0
+    """Steps in a window; 0 for those of the training."""
+    parallel: int = 25
+    """Episodes that are played at a time, one batch for the model."""
+    seed: int = 0
+    """Of the environments."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, least in (("episodes", 1), ("parallel", 1), ("context", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}")
+
+
+class Played(NamedTuple):
+    """What came of the episodes."""
+
+    returns: list[float]
+    """of each episode"""
+    lengths: list[int]
+    """of each episode"""
+    seconds_per_action: float
+    """that the model took, over all actions; of several episodes at a time"""
+
+
+class Actor(Protocol):
+    """Tells actions, step by step, for several episodes at once."""
+
+    def act(self, x: Tensor) -> Tensor:
+        """The actions (B, A) of the steps x (B, A + 1 + S + 1); see `DecisionModel`."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with the episodes `rows` of those before only."""
+        ...
+
+
+class WindowActor:
+    """Computes the last steps anew for each action, as the models were trained."""
+
+    def __init__(self, model: DecisionModel, steps: int) -> None:
+        self.model, self.steps = model, steps
+        self.past: Tensor | None = None
+
+    @torch.no_grad()
+    def act(self, x: Tensor) -> Tensor:
+        """The actions (B, A) of the steps x (B, A + 1 + S + 1)."""
+        x = x[:, None]
+        self.past = x if self.past is None else torch.cat([self.past, x], dim=1)[:, -self.steps :]
+        return self.model(self.past)[0][:, -1]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with the episodes `rows` of those before only."""
+        if self.past is not None:
+            self.past = self.past[torch.as_tensor(rows, dtype=torch.long)]
+
+
+class StreamActor:
+    """Takes one step of work for each action, in constant memory, however long the episode.
+
+    Raises:
+        ValueError: the state of the model's mixer grows.
+    """
+
+    def __init__(self, model: DecisionModel) -> None:
+        mixer = model.config.blocks.mixer
+        if mixer in GROWING:
+            raise ValueError(f"a stream needs a mixer of constant state, got {mixer!r}")
+        self.model = model
+        self.state: State | None = None
+
+    @torch.no_grad()
+    def act(self, x: Tensor) -> Tensor:
+        """The actions (B, A) of the steps x (B, A + 1 + S + 1)."""
+        actions, self.state = self.model(x[:, None], self.state)
+        return actions[:, 0]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with the episodes `rows` of those before only."""
+        if self.state is not None:
+            self.state = self.state.select(rows)
+
+
+def play(model: DecisionModel, environment: str, config: ActingConfig) -> Played:
+    """Play episodes; the return-to-go falls by each reward.
+
+    Chen et al. 2021, arXiv:2106.01345, section 3.
+
+    Args:
+        model: in evaluation mode.
+        environment: gymnasium's name of it, e.g. Hopper-v5.
+        config: how; `target` and `context` must be set.
+
+    Raises:
+        ValueError: `target` or `context` is not set, there is no such environment, its spaces are
+            not the model's, or the model cannot be streamed.
+        ModuleNotFoundError: gymnasium, or what the environment needs, is not installed.
+    """
+    target = _target(config)
+    returns: list[float] = []
+    lengths: list[int] = []
+    seconds = 0.0
+    with contextlib.ExitStack() as stack:
+        size = min(config.parallel, config.episodes)
+        environments = [stack.enter_context(making(environment)) for _ in range(size)]
+        check_spaces(environments[0], model.config.observation_size, model.config.action_size)
+        for first in range(0, config.episodes, size):
+            now = environments[: config.episodes - first]
+            seeds = [config.seed * 1_000_003 + first + n for n in range(len(now))]
+            batch = _play(_actor(model, config), now, seeds, target)
+            returns += batch.returns
+            lengths += batch.lengths
+            seconds += batch.seconds_per_action * sum(batch.lengths)
+    return Played(returns, lengths, seconds / sum(lengths))
+
+
+def _target(config: ActingConfig) -> float:
+    if config.target is None or config.context < 1:
+        raise ValueError(
+            f"`target` and `context` must be set, got {config.target} and {config.context}"
+        )
+    return config.target
+
+
+def _actor(model: DecisionModel, config: ActingConfig) -> Actor:
+    return StreamActor(model) if config.way == "stream" else WindowActor(model, config.context)
+
+
+def _play(actor: Actor, environments: list[Any], seeds: list[int], target: float) -> Played:
+    """One episode of each environment, all at once."""
+    size = len(environments)
+    low, high = environments[0].action_space.low, environments[0].action_space.high
+    limit = _LIMIT if environments[0].spec.max_episode_steps is None else sys.maxsize
+    begun = [env.reset(seed=seed)[0] for env, seed in zip(environments, seeds, strict=True)]
+    observations = np.stack(begun).astype(np.float32)
+    before = np.zeros((size, *low.shape), dtype=np.float32)
+    to_go = np.full((size, 1), target)
+    returns, lengths = np.zeros(size), np.zeros(size, dtype=int)
+    live, seconds = np.arange(size), 0.0
+    for number in count():
+        columns = (before[live], to_go[live], observations[live], np.full((len(live), 1), number))
+        x = np.concatenate(columns, axis=1, dtype=np.float32, casting="same_kind")
+        start = time.perf_counter()
+        actions = actor.act(torch.from_numpy(x)).numpy()
+        seconds += time.perf_counter() - start
+        # rounding may carry an action past its bound
+        before[live] = np.clip(actions, low, high)
+        going = []
+        for place, row in enumerate(live):
+            observation, reward, terminated, truncated, _ = environments[row].step(before[row])
+            observations[row] = observation
+            returns[row] += float(reward)
+            to_go[row] -= float(reward)
+            lengths[row] += 1
+            if not (terminated or truncated or lengths[row] >= limit):
+                going.append(place)
+        if not going:
+            break
+        if len(going) < len(live):
+            actor.select(going)
+            live = live[going]
+    return Played(returns.tolist(), lengths.tolist(), seconds / int(lengths.sum()))
+
+
+def record(model: DecisionModel, environment: str, config: ActingConfig, path: Path) -> float:
+    """Play one episode and write a video of it; returns its return.
+
+    Raises:
+        ValueError: as `play`, or no renderer works here.
+        ModuleNotFoundError: a package is missing.
+    """
+    target = _target(config)
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        # MuJoCo's renderer without a screen; taken when it is first imported
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        with making(environment, render_mode="rgb_array") as plain:
+            check_spaces(plain, model.config.observation_size, model.config.action_size)
+            import gymnasium
+
+            try:
+                recorder: Any = gymnasium.wrappers.RecordVideo(
+                    plain, str(Path(scratch, "made")), disable_logger=True
+                )
+                played = _play(_actor(model, config), [recorder], [config.seed], target)
+                recorder.close()
+            except (gymnasium.error.Error, AttributeError, RuntimeError, ImportError) as error:
+                raise ValueError(
+                    f"no video: nothing renders {environment} here ({error}); MUJOCO_GL=egl and "
+                    "MUJOCO_GL=osmesa choose renderers without a screen"
+                ) from error
+        made = next(Path(scratch, "made").glob("*.mp4"), None)
+        if made is None:
+            raise ValueError(f"no video: the recorder left no file for {environment}")
+        made.replace(path)
+    return played.returns[0]
+
+
+@contextlib.contextmanager
+def making(name: str, **options: Any) -> Iterator[Any]:
+    """The environment `name`, closed at the end.
+
+    Raises:
+        ValueError: gymnasium knows no such environment.
+        ModuleNotFoundError: gymnasium, or what the environment needs, is not installed.
+    """
+    try:
+        import gymnasium
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "this needs gymnasium, which is not installed: pip install 'minrnn[rl]'"
+        ) from error
+    with warnings.catch_warnings():
+        # an older version of an environment is what was asked for
+        warnings.simplefilter("ignore")
+        try:
+            environment = gymnasium.make(name, **options)
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise ModuleNotFoundError(f"{name}: {error}") from error
+        except (gymnasium.error.Error, ModuleNotFoundError) as error:
+            raise ValueError(f"no environment {name!r}: {error}") from error
+    try:
+        yield environment
+    finally:
+        environment.close()
+
+
+def check_spaces(environment: Any, observation_size: int, action_size: int) -> None:
+    """Whether an environment observes and does what a model, or data, does.
+
+    Raises:
+        ValueError: a space is no box of that many numbers, or actions have no bounds.
+    """
+    sizes = (("observation", observation_size), ("action", action_size))
+    for what, size in sizes:
+        space = getattr(environment, f"{what}_space")
+        if getattr(space, "low", None) is None or space.shape != (size,):
+            raise ValueError(
+                f"{environment.spec.id} must have {what}s of {size} numbers, those of the data "
+                f"and the model, got {space}"
+            )
+    if not np.isfinite([environment.action_space.low, environment.action_space.high]).all():
+        raise ValueError(f"{environment.spec.id} must have bounded actions, got no bounds")

@@ -1,0 +1,198 @@
+"""Episodes of observations, actions and rewards -> windows to learn decisions from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from minrnn.data.batch import Batch
+
+# environment -> mean return of a random and of an expert policy: Fu et al. 2020, arXiv:2004.07219,
+# as D4RL's code has them (its `infos.py`), whatever the version of the environment
+REFERENCE_RETURNS: dict[str, tuple[float, float]] = {
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+}
+# environment -> the return that a model is asked for: Chen et al. 2021, arXiv:2106.01345, table 11
+TARGET_RETURNS: dict[str, float] = {"HalfCheetah": 12000.0, "Hopper": 3600.0, "Walker2d": 5000.0}
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """Whole episodes, one after the other.
+
+    Raises:
+        ValueError: lengths differ, a number is not finite, or there is no episode.
+    """
+
+    observations: np.ndarray
+    """(N, S) float32, before each action"""
+    actions: np.ndarray
+    """(N, A) float32"""
+    rewards: np.ndarray
+    """(N,) float32, for each action"""
+    ends: np.ndarray
+    """(E,) int64, the number of steps up to the end of each episode"""
+    terminated: np.ndarray
+    """(E,) bool, whether the environment ended it; else its time was over"""
+    environment: str | None = None
+    """e.g. Hopper-v5"""
+    reference: tuple[float, float] | None = None
+    """mean return of a random and of an expert policy, which a score is measured by"""
+
+    def __post_init__(self) -> None:
+        steps = len(self.rewards)
+        for name in ("observations", "actions"):
+            value = getattr(self, name)
+            if value.ndim != 2 or len(value) != steps:
+                raise ValueError(
+                    f"`{name}` must have shape (N, features) with N = {steps}, that of the "
+                    f"rewards, got {value.shape}"
+                )
+        for name in ("observations", "actions", "rewards"):
+            bad = ~np.isfinite(getattr(self, name)).reshape(steps, -1).all(axis=1)
+            if bad.any():
+                raise ValueError(
+                    f"`{name}` must be finite, row {int(bad.argmax())} and {int(bad.sum()) - 1} "
+                    "others are not"
+                )
+        if len(self.ends) == 0:
+            raise ValueError("there must be at least one whole episode, got none")
+
+    @property
+    def num_episodes(self) -> int:
+        """How many episodes there are, E."""
+        return len(self.ends)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps they have in all, N."""
+        return len(self.rewards)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(E,) int64, the first step of each episode."""
+        return np.concatenate([[0], self.ends[:-1]])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(E,) int64, steps of each episode."""
+        return self.ends - self.starts
+
+    @cached_property
+    def returns(self) -> np.ndarray:
+        """(E,) float64, the sum of rewards of each episode."""
+        return self.to_go[self.starts]
+
+    @cached_property
+    def to_go(self) -> np.ndarray:
+        """(N,) float64, the sum of rewards from each step to the end of its episode."""
+        # sums from each step to the end of everything, less those from the episode's end
+        sums = np.concatenate([np.cumsum(self.rewards[::-1].astype(np.float64))[::-1], [0.0]])
+        return sums[:-1] - np.repeat(sums[self.ends], self.lengths)
+
+    @cached_property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation (S,) of the observations, float32."""
+        mean = self.observations.mean(axis=0, dtype=np.float64)
+        std = self.observations.std(axis=0, dtype=np.float64)
+        # a feature that never changes is left as it is
+        return mean.astype(np.float32), np.where(std > 1e-6, std, 1.0).astype(np.float32)
+
+    def best(self, fraction: float) -> "Trajectories":
+        """The episodes with the highest returns that make up at least `fraction` of the steps.
+
+        Raises:
+            ValueError: `fraction` is not in (0, 1].
+        """
+        if not 0 < fraction <= 1:
+            raise ValueError(f"`fraction` must be in (0, 1], got {fraction}")
+        order = np.argsort(-self.returns, kind="stable")
+        enough = np.cumsum(self.lengths[order]) >= fraction * self.num_steps
+        return self.take(np.sort(order[: int(enough.argmax()) + 1]))
+
+    def take(self, episodes: Sequence[int] | np.ndarray) -> "Trajectories":
+        """The `episodes`, by number, in that order."""
+        rows = np.concatenate([np.arange(self.starts[e], self.ends[e]) for e in episodes])
+        return Trajectories(
+            self.observations[rows],
+            self.actions[rows],
+            self.rewards[rows],
+            np.cumsum(self.lengths[episodes]),
+            self.terminated[episodes],
+            self.environment,
+            self.reference,
+        )
+
+    def score(self, value: float) -> float | None:
+        """`value`, a return, on a scale from 0 (random) to 100 (expert); None without reference."""
+        return normalized(value, self.reference)
+
+
+def normalized(value: float, reference: tuple[float, float] | None) -> float | None:
+    """100 (R - random) / (expert - random), D4RL's score of a return R; None without reference.
+
+    Example:
+        >>> normalized(3234.3, REFERENCE_RETURNS["Hopper"])
+        100.0
+    """
+    if reference is None:
+        return None
+    lowest, highest = reference
+    return 100 * (value - lowest) / (highest - lowest)
+
+
+def value_of(table: Mapping[str, _T], environment: str | None) -> _T | None:
+    """What `table` has for an environment, whatever its version, e.g. for Hopper-v5.
+
+    Example:
+        >>> value_of(TARGET_RETURNS, "Hopper-v5")
+        3600.0
+    """
+    return table.get((environment or "").partition("-")[0])
+
+
+def windows(data: Trajectories, steps: int, batch_size: int, seed: tuple[int, ...]) -> Batch:
+    """Draw windows of up to `steps` steps: an episode in proportion to its length, then a start.
+
+    Chen et al. 2021, arXiv:2106.01345, as their code does it, but for two things. Padding stands
+    behind the steps, where nothing that is causal sees it: for every mixer a padded row answers as
+    the row alone, without a mask. And a step begins with the action before it, zeros at the start
+    of an episode, so that one call of a model takes one step of its environment.
+
+    Args:
+        data: N steps in E episodes.
+        steps: K; windows near the end of an episode are shorter, and padded with zeros.
+        batch_size: B.
+        seed: what the windows depend on, and nothing else.
+
+    Returns:
+        inputs (B, K, A + 1 + S + 1): the action before, the return-to-go, the observation, the
+        number of the step in its episode; targets (B, K, A): the action; the mask is False where
+        there is no step.
+
+    Raises:
+        ValueError: `steps` or `batch_size` < 1.
+    """
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"`steps` and `batch_size` must be >= 1, got {steps}, {batch_size}")
+    random = np.random.default_rng(seed)
+    # every step of the data is as likely to be the first of a window
+    first = random.integers(data.num_steps, size=batch_size)
+    episode = np.searchsorted(data.ends, first, side="right")
+    # (B, K)
+    rows = first[:, None] + np.arange(steps)
+    inside = rows < data.ends[episode][:, None]
+    rows = np.minimum(rows, data.num_steps - 1)
+    number = rows - data.starts[episode][:, None]
+    before = data.actions[np.maximum(rows - 1, 0)] * (number > 0)[:, :, None]
+    columns = (before, data.to_go[rows][:, :, None], data.observations[rows], number[:, :, None])
+    inputs = np.concatenate(columns, axis=2, dtype=np.float32, casting="same_kind")
+    targets = data.actions[rows] * inside[:, :, None]
+    inputs *= inside[:, :, None]
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(inside))
