@@ -1,6 +1,7 @@
 """Acting: a decision model plays an environment, from a window of steps or a state it carries."""
 
 import contextlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ Way = Literal["window", "stream"]
 GROWING = ("attention", "hyena", "mamba-hyena")
 # steps after which an episode ends whose environment sets no limit
 _LIMIT = 1000
+_NEEDS = "this needs {}, which is not installed: pip install 'minrnn[rl]'"
 
 
 @dataclass(frozen=True)
@@ -207,39 +209,62 @@ def _play(actor: Actor, environments: list[Any], seeds: list[int], target: float
 
 
 def record(model: DecisionModel, environment: str, config: ActingConfig, path: Path) -> float:
-    """Play one episode and write a video of it; returns its return.
+    """Play one episode and write a video of it (MP4), frame by frame; returns its return.
 
     Raises:
         ValueError: as `play`, or no renderer works here.
+        FileNotFoundError: the folder of `path` does not exist.
         ModuleNotFoundError: a package is missing.
     """
     target = _target(config)
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise ModuleNotFoundError(_NEEDS.format("imageio[ffmpeg]"))
+    import imageio.v2 as imageio
+
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         # MuJoCo's renderer without a screen; taken when it is first imported
         os.environ.setdefault("MUJOCO_GL", "egl")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        with making(environment, render_mode="rgb_array") as plain:
-            check_spaces(plain, model.config.observation_size, model.config.action_size)
-            import gymnasium
-
-            try:
-                recorder: Any = gymnasium.wrappers.RecordVideo(
-                    plain, str(Path(scratch, "made")), disable_logger=True
-                )
-                played = _play(_actor(model, config), [recorder], [config.seed], target)
-                recorder.close()
-            except (gymnasium.error.Error, AttributeError, RuntimeError, ImportError) as error:
-                raise ValueError(
-                    f"no video: nothing renders {environment} here ({error}); MUJOCO_GL=egl and "
-                    "MUJOCO_GL=osmesa choose renderers without a screen"
-                ) from error
-        made = next(Path(scratch, "made").glob("*.mp4"), None)
-        if made is None:
-            raise ValueError(f"no video: the recorder left no file for {environment}")
-        made.replace(path)
+    with making(environment, render_mode="rgb_array") as plain:
+        check_spaces(plain, model.config.observation_size, model.config.action_size)
+        rate = plain.metadata.get("render_fps", 30)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            made = Path(scratch) / "video.mp4"
+            with imageio.get_writer(made, fps=rate, macro_block_size=1) as film:
+                filmed = _Filmed(plain, film)
+                played = _play(_actor(model, config), [filmed], [config.seed], target)
+            made.replace(path)
     return played.returns[0]
+
+
+class _Filmed:
+    """An environment of which every step becomes a frame."""
+
+    def __init__(self, environment: Any, film: Any) -> None:
+        self.environment, self.film = environment, film
+        self.action_space, self.spec = environment.action_space, environment.spec
+
+    def reset(self, **options: Any) -> Any:
+        found = self.environment.reset(**options)
+        self._take()
+        return found
+
+    def step(self, action: np.ndarray) -> Any:
+        found = self.environment.step(action)
+        self._take()
+        return found
+
+    def _take(self) -> None:
+        try:
+            frame = self.environment.render()
+        # whatever a missing display makes a renderer raise
+        except Exception as error:
+            raise ValueError(
+                f"no video: nothing renders {self.spec.id} here ({error}); MUJOCO_GL=egl and "
+                "MUJOCO_GL=osmesa choose renderers without a screen"
+            ) from error
+        self.film.append_data(frame)
 
 
 @contextlib.contextmanager
@@ -253,9 +278,7 @@ def making(name: str, **options: Any) -> Iterator[Any]:
     try:
         import gymnasium
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "this needs gymnasium, which is not installed: pip install 'minrnn[rl]'"
-        ) from error
+        raise ModuleNotFoundError(_NEEDS.format("gymnasium")) from error
     with warnings.catch_warnings():
         # an older version of an environment is what was asked for
         warnings.simplefilter("ignore")
