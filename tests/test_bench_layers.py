@@ -1,11 +1,13 @@
 """The benches of packed batches and single steps, without the clock: who is right, who is not."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from minrnn import MinGRU, MinGRUCell, MinLSTM, cli
-from minrnn.bench import measure, mixers, packed, step
+from minrnn.bench import decision, measure, mixers, packed, step
 
 
 @pytest.fixture
@@ -80,6 +82,18 @@ def test_a_wrong_step_has_no_time(quick, monkeypatch) -> None:
     assert wrong.note.startswith("wrong")
     assert right.value is not None
     assert layer.value is not None
+
+
+def test_decisions_are_right_and_timed(quick, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(decision, "BATCH", 8)
+    monkeypatch.setattr(decision, "QUICK_SECONDS", 0.0)
+    assert cli.main(["bench", "decision", "--quick"]) == 0
+    said = capsys.readouterr().out
+    for name in ("minGRU, stream", "Decision Transformer, window", "minLSTM"):
+        row = next(line for line in said.splitlines() if name in line)
+        assert "wrong" not in row
+    if sys.version_info >= (3, 11):
+        assert "missing" not in said
 
 
 def test_mixers_are_right_and_timed(quick, monkeypatch, capsys) -> None:

@@ -29,6 +29,7 @@ REQUIREMENTS = {
     "assoc-scan": "0.0.6",
     "accelerated-scan": "0.3.1",
     "jax": "0.10.2",
+    "transformers": "5.23.0",
 }
 OURS = "minrnn"
 

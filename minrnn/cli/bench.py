@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from minrnn import bench
 from minrnn.bench import (
+    decision,
     layer,
     length,
     memory,
@@ -102,6 +103,12 @@ BENCHES = {
         mixers.measured,
         "Time our Mamba beside mambapy's, our attention beside torch's Transformer layer.",
         "a small shape and fewer rounds",
+    ),
+    "decision": _bench(
+        "decision",
+        decision.measured,
+        "Time actions and updates of decision models beside a Decision Transformer's.",
+        "one episode at a time and fewer rounds",
     ),
     "train-step": _bench(
         "train-step",
