@@ -149,7 +149,7 @@ def play(model: DecisionModel, environment: str, config: ActingConfig) -> Played
     with contextlib.ExitStack() as stack:
         size = min(config.parallel, config.episodes)
         environments = [stack.enter_context(making(environment)) for _ in range(size)]
-        check_spaces(environments[0], model.config.observation_size, model.config.action_size)
+        check_spaces(environments[0], _sizes(model))
         for first in range(0, config.episodes, size):
             now = environments[: config.episodes - first]
             seeds = [config.seed * 1_000_003 + first + n for n in range(len(now))]
@@ -166,6 +166,10 @@ def _target(config: ActingConfig) -> float:
             f"`target` and `context` must be set, got {config.target} and {config.context}"
         )
     return config.target
+
+
+def _sizes(model: DecisionModel) -> tuple[int, int]:
+    return model.config.observation_size, model.config.action_size
 
 
 def _actor(model: DecisionModel, config: ActingConfig) -> Actor:
@@ -227,7 +231,7 @@ def record(model: DecisionModel, environment: str, config: ActingConfig, path: P
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist")
     with making(environment, render_mode="rgb_array") as plain:
-        check_spaces(plain, model.config.observation_size, model.config.action_size)
+        check_spaces(plain, _sizes(model))
         rate = plain.metadata.get("render_fps", 30)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             made = Path(scratch) / "video.mp4"
@@ -294,19 +298,25 @@ def making(name: str, **options: Any) -> Iterator[Any]:
         environment.close()
 
 
-def check_spaces(environment: Any, observation_size: int, action_size: int) -> None:
+def check_spaces(environment: Any, sizes: tuple[int, int] | None = None) -> None:
     """Whether an environment observes and does what a model, or data, does.
+
+    Args:
+        environment: of gymnasium.
+        sizes: numbers of an observation and of an action; None for any.
 
     Raises:
         ValueError: a space is no box of that many numbers, or actions have no bounds.
     """
-    sizes = (("observation", observation_size), ("action", action_size))
-    for what, size in sizes:
+    name = environment.spec.id
+    for place, what in enumerate(("observation", "action")):
         space = getattr(environment, f"{what}_space")
-        if getattr(space, "low", None) is None or space.shape != (size,):
+        if getattr(space, "low", None) is None or len(space.shape) != 1:
+            raise ValueError(f"{name} must have {what}s that are vectors of numbers, got {space}")
+        if sizes is not None and space.shape != (sizes[place],):
             raise ValueError(
-                f"{environment.spec.id} must have {what}s of {size} numbers, those of the data "
-                f"and the model, got {space}"
+                f"{name} must have {what}s of {sizes[place]} numbers, those of the data and the "
+                f"model, got {space}"
             )
     if not np.isfinite([environment.action_space.low, environment.action_space.high]).all():
-        raise ValueError(f"{environment.spec.id} must have bounded actions, got no bounds")
+        raise ValueError(f"{name} must have bounded actions, got no bounds")

@@ -75,8 +75,7 @@ def collect(
     rows: dict[str, list[Any]] = {"observations": [], "actions": [], "rewards": []}
     ends, terminated = [], []
     with acting.making(environment) as env:
-        spaces = (env.observation_space, env.action_space)
-        acting.check_spaces(env, *(s.shape[0] if s.shape else 0 for s in spaces))
+        acting.check_spaces(env)
         env.action_space.seed(config.seed)
         act = _policy(config, env)
         observation, _ = env.reset(seed=config.seed)

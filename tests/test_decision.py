@@ -255,6 +255,15 @@ def test_a_trained_model_goes_right(recorded, tmp_path, capsys) -> None:
     assert "parameters" in capsys.readouterr().out
 
 
+def test_what_cannot_be_trained_on_is_named(tmp_path, capsys) -> None:
+    assert cli.main(["train", "rl", "--out", str(tmp_path / "run")]) == 2
+    assert "`data` must name at least one set of episodes, got none" in capsys.readouterr().err
+    for name in ("FrozenLake-v1", "CartPole-v1"):
+        assert cli.main(["data", "rl", "collect", name, str(tmp_path / "x.hdf5")]) == 2
+        assert "s that are vectors of numbers, got Discrete" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_data_that_changed_is_refused(recorded, tmp_path, capsys) -> None:
     copy = tmp_path / "copy.hdf5"
     copy.write_bytes(recorded.read_bytes())

@@ -9,7 +9,7 @@ import torch
 from minrnn import acting, checkpoint
 from minrnn.data import trajectory_files
 from minrnn.data.trajectories import TARGET_RETURNS, Trajectories, value_of
-from minrnn.decision import DecisionConfig, DecisionModel
+from minrnn.decision import DecisionModel
 from minrnn.progress import Progress
 from minrnn.recipes import RlConfig
 from minrnn.runs.folder import free_folder, new_folder
@@ -29,12 +29,14 @@ def start(config: RlConfig) -> Path:
         ModuleNotFoundError: a package of the extra `rl` is not installed.
     """
     folder = config.out or free_folder(Path("runs"), "rl")
+    if not config.data:
+        raise ValueError("`data` must name at least one set of episodes, got none")
     with new_folder(folder, ("config.json",)):
         data = _read(config)
         if data.environment is None:
             raise ValueError("the data does not say its environment; give it by --env")
         with acting.making(data.environment) as environment:
-            acting.check_spaces(environment, data.observations.shape[1], data.actions.shape[1])
+            acting.check_spaces(environment, (data.observations.shape[1], data.actions.shape[1]))
             low, high = environment.action_space.low, environment.action_space.high
         sizes = {"observation_size": data.observations.shape[1], "action_size": low.shape[0]}
         model = dataclasses.replace(config.model, **sizes)
