@@ -99,7 +99,7 @@ def read(folder: Path) -> RlConfig:
 
 
 def target(folder: Path, environment: str, asked: float | None = None) -> float:
-    """The return to ask for: `asked`, the run's own, the environment's, or the highest there was."""
+    """The return to ask for: `asked`, that of the run or of the environment, or the highest."""
     known = (asked, read(folder).target, value_of(TARGET_RETURNS, environment))
     return next(
         (value for value in known if value is not None),
