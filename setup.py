@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 
 
 class BuildNative(build_ext):
-    """Compiles the one source against torch's stable ABI, which serves torch 2.10 and later."""
+    """Compiles the sources against torch's stable ABI, which serves torch 2.10 and later."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # no Python version in the name: the library does not use Python
@@ -43,7 +43,7 @@ setup(
     ext_modules=[
         Extension(
             "minrnn.ops._native",
-            ["minrnn/ops/cpu/register.cpp"],
+            ["minrnn/ops/cpu/register.cpp", "minrnn/ops/cpu/register_selective.cpp"],
             depends=[str(path) for path in Path("minrnn/ops/cpu").glob("*.h")],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             libraries=["torch", "torch_cpu", "c10"],

@@ -24,7 +24,8 @@ def kernels() -> dict[str, dict[str, str]]:
         >>> kernels()["CPU"]["scan"] in ("pure torch", "compiled")
         True
     """
-    names = [f"{op.name}{suffix}" for op in OPERATORS for suffix in ("", "_backward")]
+    operators = [*(op.name for op in OPERATORS), "selective_scan"]
+    names = [f"{name}{suffix}" for name in operators for suffix in ("", "_backward")]
     return {device: {name: _kernel(name, device) for name in names} for device in _DEVICES}
 
 

@@ -21,10 +21,10 @@ from minrnn.mixers import (
     Mixer,
     RecurrentNetwork,
     Ungated,
-    mamba,
 )
 from minrnn.models import LanguageModel, MixerName, ModelConfig, build_mixer
 from minrnn.ops import mingru
+from minrnn.ops.selective import selective_scan
 
 WIDTH = 8
 MIXERS: dict[str, Callable[[], Mixer]] = {
@@ -100,36 +100,12 @@ def test_state_stays_float32_under_autocast(name: str) -> None:
             assert tensor.dtype == torch.float32, part
 
 
-def test_scan_in_pieces_is_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = S6(WIDTH, 3).double()
-    x = torch.randn(2, 11, WIDTH, dtype=torch.float64, requires_grad=True)
-    found = []
-    for numbers in (1 << 20, 2 * WIDTH * 3 * 4):
-        monkeypatch.setattr(mamba, "_PIECE", numbers)
-        y, state = module(x)
-        loss = y.square().sum() + state.tensor("h").square().sum()
-        found.append([y, *torch.autograd.grad(loss, [x, *module.parameters()])])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-def test_second_derivatives_of_the_selective_scan(monkeypatch: pytest.MonkeyPatch) -> None:
-    # pieces of two steps
-    monkeypatch.setattr(mamba, "_PIECE", 12)
-    u, dt = torch.rand(2, 1, 5, 2, dtype=torch.float64) + 0.5
-    B, C = torch.randn(2, 1, 5, 3, dtype=torch.float64)
-    A, h0 = -torch.rand(2, 3, dtype=torch.float64) - 0.5, torch.randn(1, 6, dtype=torch.float64)
-    inputs = tuple(x.requires_grad_() for x in (u, dt, A, B, C, h0))
-    assert torch.autograd.gradcheck(mamba.selective_scan, inputs)
-    assert torch.autograd.gradgradcheck(mamba.selective_scan, inputs)
-
-
 def test_selective_scan_with_one_state_is_mingru() -> None:
     """Theorem 1 of Gu and Dao 2023: N = 1, A = -1, B = C = 1 gives a gate sigmoid(k)."""
     k, v = torch.randn(2, 2, 15, 4, dtype=torch.float64)
     h0, ones = torch.randn(2, 4, dtype=torch.float64), torch.ones(2, 15, 1, dtype=torch.float64)
     dt, A = nn.functional.softplus(k), -torch.ones(4, 1, dtype=torch.float64)
-    y, h_T = mamba.selective_scan(v, dt, A, ones, ones, h0, "zoh")
+    y, h_T = selective_scan(v, dt, A, ones, ones, h0, "zoh")
     wanted, last = mingru(k, v, h0, candidate="identity")
     torch.testing.assert_close(y, wanted, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(h_T, last, rtol=1e-8, atol=1e-8)

@@ -1,130 +1,17 @@
 """S6, the selective state space of Mamba, and the Mamba block around it."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minrnn.mixers.contract import DepthwiseConv, Mixer, state_dtype
-from minrnn.ops import scan
+from minrnn.ops.selective import Discretization, selective_scan
 from minrnn.state import State
 
-Discretization = Literal["euler", "zoh"]
 # of softplus(bias) at the start, log-uniform
 _STEP_SIZES = (1e-3, 1e-1)
-# numbers of the state that are worked on at a time: they stay in the cache
-_PIECE = 1 << 20
-
-
-def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    h0: Tensor,
-    discretization: Discretization = "euler",
-) -> tuple[Tensor, Tensor]:
-    """The selective state space for each channel d and state n.
-
-        h_t[d, n] = exp(dt_t[d] A[d, n]) h_{t-1}[d, n] + w_t[d, n] B_t[n] u_t[d]
-        y_t[d] = sum_n C_t[n] h_t[d, n]
-        w_t = dt_t, or (exp(dt_t A) - 1) / A with "zoh"
-
-    Gu and Dao 2023, arXiv:2312.00752, section 3; their code has w_t = dt_t. Works through time in
-    pieces; the gradient computes each once more, so that memory is for one piece and u, dt, B, C.
-
-    Args:
-        u: (B, T, D), the input.
-        dt: (B, T, D), positive.
-        A: (D, N), negative.
-        B, C: (B, T, N).
-        h0: (B, D * N), the state before the first step.
-        discretization: what w_t is.
-
-    Returns:
-        y (B, T, D) and h_T (B, D * N).
-    """
-    return _InPieces.apply(u, dt, B, C, A, h0, discretization)
-
-
-def _piece(
-    steps: Sequence[Tensor], A: Tensor, h: Tensor, discretization: Discretization
-) -> tuple[Tensor, Tensor]:
-    """y and the last state of some steps (u, dt, B, C), all their states at once."""
-    u, dt, B, C = steps
-    # (B, T, D) and (D, N) to (B, T, D, N)
-    exponent = dt[..., None] * A
-    step = dt[..., None] if discretization == "euler" else torch.expm1(exponent) / A
-    b = (step * u[..., None]) * B[:, :, None]
-    h, h_T = scan(exponent.exp().flatten(2), b.flatten(2), h)
-    return (h.unflatten(2, A.shape) @ C[..., None])[..., 0], h_T
-
-
-class _InPieces(torch.autograd.Function):
-    """`_piece` after `_piece`, each computed again for its gradient.
-
-    What stays is allocated first and written to: small blocks that stay, allocated between large
-    ones that go, would leave the allocator with holes too small for the next large one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *steps, A, h, ctx.discretization = inputs
-        ctx.length = max(1, _PIECE // max(1, h.numel()))
-        y = torch.empty_like(steps[0])
-        cuts = list(_cut(steps, ctx.length))
-        states = h.new_empty(len(cuts), *h.shape)
-        for number, (cut, y_piece) in enumerate(zip(cuts, y.split(ctx.length, dim=1), strict=True)):
-            states[number] = h
-            found, h = _piece(cut, A, h, ctx.discretization)
-            y_piece.copy_(found)
-        ctx.save_for_backward(*steps, A, inputs[5], states)
-        return y, h
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        dy, dh = grad_outputs
-        *steps, A, h0, states = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # for second derivatives, all steps are one piece with a graph
-            inputs = [x.view_as(x) for x in (*steps, A, h0)]
-            leaves = [x if x.requires_grad else x.requires_grad_() for x in inputs]
-            found = _gradients(leaves, dy, dh, ctx.discretization, create_graph=True)
-            return *found, None
-        grads = [torch.empty_like(x) for x in steps]
-        dA = torch.zeros_like(A)
-        cuts = zip(*(_cut((*x, dy), ctx.length) for x in (steps, grads)), states, strict=True)
-        for (*cut, dy_piece), (*to, _), state in reversed(list(cuts)):
-            leaves = [x.detach().requires_grad_() for x in (*cut, A, state)]
-            *found, dA_piece, dh = _gradients(leaves, dy_piece, dh, ctx.discretization)
-            for piece, grad in zip(to, found, strict=True):
-                piece.copy_(grad)
-            dA += dA_piece
-        return *grads, dA, dh, None
-
-
-def _cut(tensors: Sequence[Tensor], length: int) -> Iterator[tuple[Tensor, ...]]:
-    """Pieces of so many steps, of all tensors (B, T, ...) side by side."""
-    return zip(*(x.split(length, dim=1) for x in tensors), strict=True)
-
-
-def _gradients(
-    leaves: Sequence[Tensor],
-    dy: Tensor,
-    dh: Tensor,
-    discretization: Discretization,
-    create_graph: bool = False,
-) -> tuple[Tensor, ...]:
-    """Of u, dt, B, C, A and the first state of a piece."""
-    with torch.enable_grad():
-        outputs = _piece(leaves[:4], leaves[4], leaves[5], discretization)
-        return torch.autograd.grad(
-            outputs, leaves, (dy, dh), create_graph=create_graph, materialize_grads=True
-        )
 
 
 class S6(Mixer):

@@ -102,7 +102,7 @@ def _define(op: _Operator) -> None:
     _library.impl(f"{op.name}_backward", _contiguous(op.backward), "CompositeExplicitAutograd")
     _register_shapes(op)
     _register_gradient(op)
-    _register_second_gradient(f"{op.name}_backward", op.backward)
+    register_second_gradient(f"{op.name}_backward", op.backward)
 
 
 def _tensors(names: str) -> str:
@@ -171,7 +171,7 @@ def _gradient(backward: _Kernel) -> Callable[..., tuple[Tensor | None, ...]]:
     return run
 
 
-def _register_second_gradient(name: str, formula: _Kernel) -> None:
+def register_second_gradient(name: str, formula: _Kernel) -> None:
     """The gradient of `minrnn::name_backward` is taken of its formula in pure torch."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

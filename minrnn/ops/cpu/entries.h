@@ -3,13 +3,6 @@
 
 #include "kernels.h"
 
-// One build for every x86-64 machine: the loader picks the widest vectors it has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MULTI_ISA __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define MULTI_ISA
-#endif
-
 namespace minrnn {
 
 // Clones need a plain function for each operator and type; overloads on S keep their names short.
