@@ -38,6 +38,8 @@ sanitize:
 	build/sanitize
 	$(SANITIZED) -fsanitize=address,undefined tests/sanitize_threads.cpp -o build/sanitize_threads
 	build/sanitize_threads
+	$(SANITIZED) -fsanitize=address,undefined tests/sanitize_selective.cpp -o build/sanitize_selective
+	build/sanitize_selective
 	$(SANITIZED) -fsanitize=thread tests/sanitize_threads.cpp -o build/sanitize_races
 	build/sanitize_races
 
