@@ -34,7 +34,8 @@ SETS: dict[str, tuple[str, ...]] = {
     for files in [tuple(f"{environment}-{kind}.hdf5" for kind in kinds)]
 }
 
-
+# single steps that a clone learns from at a time
+_CLONED = 256
 # of width 256 and a small learning rate in the paper
 _WIDE = ("hopper-medium", "hopper-medium-replay")
 
@@ -105,6 +106,8 @@ class D4rlConfig:
     """Episodes that each plays; 0 for 100 (paper) or 50 (cpu)."""
     target: float | None = None
     """The return that is asked for; None for 3,600, 12,000 and 5,000."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of the training; "no" is float32. Acting is float32 always."""
     runs: Path = Path("runs/d4rl")
     """Where the run folders are; what is there already goes on or is done."""
     out: Path = Path("results/d4rl")
@@ -155,7 +158,7 @@ def run_config(config: D4rlConfig, set_name: str, name: Name, seed: int, folder:
     recipe = RL_RECIPES[config.preset]
     mixer, clone = ENTRIES[name].mixer, ENTRIES[name].mixer == "none"
     blocks = replace(recipe.model.blocks, mixer=mixer)
-    train = replace(recipe.train, seed=seed)
+    train = replace(recipe.train, seed=seed, precision=config.precision)
     if config.preset == "paper" and set_name in _WIDE:
         blocks = replace(blocks, width=256)
     if config.preset == "paper" and set_name in (*_WIDE, "walker2d-medium"):
@@ -169,7 +172,7 @@ def run_config(config: D4rlConfig, set_name: str, name: Name, seed: int, folder:
         context=1 if clone else recipe.context,
         best=0.1 if name == "bc-best" else 1.0,
         model=replace(model, episode_length=0) if clone else model,
-        train=replace(train, batch_size=20 * train.batch_size) if clone else train,
+        train=replace(train, batch_size=_CLONED) if clone else train,
     )
 
 
@@ -224,6 +227,7 @@ def _done(config: D4rlConfig) -> Iterator[dict[str, Any]]:
                         "name": name,
                         "seed": run.train.seed,
                         "updates": run.train.steps,
+                        "precision": run.train.precision,
                         "parameters": sum(p.numel() for p in model.parameters()),
                         "scores": scores,
                         "played": played,
