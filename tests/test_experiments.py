@@ -75,16 +75,6 @@ def test_runs_of_other_settings_are_refused(small_copying, tmp_path, monkeypatch
     )
 
 
-def test_a_preset_may_train_other_mixers_at_a_rate_of_their_own() -> None:
-    preset = selective_copying.PRESETS["cpu"]
-    other = replace(preset, other_learning_rate=1e-3)
-    minimal, h3 = other.training("mingru-1", 2), other.training("h3", 2)
-    assert (minimal.learning_rate, minimal.seed) == (preset.train.learning_rate, 2)
-    assert (h3.learning_rate, h3.seed) == (1e-3, 2)
-    same = replace(preset, other_learning_rate=None).training("h3", 0)
-    assert same.learning_rate == preset.train.learning_rate
-
-
 def test_accuracy_counts_symbols_and_sequences(monkeypatch) -> None:
     class Oracle(torch.nn.Module):
         """Knows all data but, in every other row, the last one."""

@@ -83,8 +83,6 @@ class Preset:
     train: TrainConfig
     longest_memory: int = 0
     """of minGRU and minLSTM, see ModelConfig"""
-    other_learning_rate: float | None = None
-    """the highest rate of all other mixers; None for the same"""
 
     def model(self, name: str) -> ModelConfig:
         """The model of the entry `name`, as this preset starts it."""
@@ -92,13 +90,6 @@ class Preset:
         if model.mixer in ("mingru", "minlstm"):
             model = replace(model, longest_memory=self.longest_memory)
         return model
-
-    def training(self, name: str, seed: int) -> TrainConfig:
-        """How the entry `name` is trained."""
-        rate = self.train.learning_rate
-        if self.other_learning_rate and ENTRIES[name].model.mixer not in ("mingru", "minlstm"):
-            rate = self.other_learning_rate
-        return replace(self.train, seed=seed, learning_rate=rate)
 
 
 PRESETS = {
@@ -206,7 +197,7 @@ def reproduce(config: CopyingConfig, say: Callable[[str], None]) -> bool:
 
 def _train(name: str, seed: int, folder: Path, preset: Preset) -> bool:
     """Train to the end; False if it was stopped before."""
-    model_config, train_config = preset.model(name), preset.training(name, seed)
+    model_config, train_config = preset.model(name), replace(preset.train, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {"model": asdict(model_config), "length": preset.length, "train": asdict(train_config)}
     if not (folder / "config.json").is_file():
