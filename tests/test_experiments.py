@@ -135,6 +135,28 @@ def test_shakespeare_makes_the_table(small_shakespeare, tmp_path) -> None:
     assert (tmp_path / "out" / "table.md").read_bytes() == before
 
 
+def test_results_outlive_their_run_folders(small_shakespeare, tmp_path, monkeypatch) -> None:
+    assert _shakespeare(small_shakespeare, tmp_path, "--model", "mingru") == 0
+    first = json.loads((tmp_path / "out" / "figures.json").read_text())["runs"]
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    monkeypatch.setattr(results.measure, "commit", lambda: "later")
+    monkeypatch.setattr(results.measure, "processor", lambda: "another")
+    assert _shakespeare(small_shakespeare, tmp_path, "--model", "lstm") == 0
+    runs = json.loads((tmp_path / "out" / "figures.json").read_text())["runs"]
+    lstm, mingru = runs
+    assert [mingru] == first
+    assert (lstm["name"], lstm["commit"], lstm["processor"]) == ("lstm", "later", "another")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "minGRU" in table
+    assert "nn.LSTM" in table
+    # trained anew, the same comes out and keeps its origin
+    assert _shakespeare(small_shakespeare, tmp_path, "--model", "mingru") == 0
+    assert json.loads((tmp_path / "out" / "figures.json").read_text())["runs"] == runs
+    (tmp_path / "out" / "figures.json").write_text('{"runs": 3}')
+    with pytest.raises(ValueError, match=r"figures\.json is damaged: KeyError"):
+        results.with_earlier(tmp_path / "out", [], ("name",))
+
+
 def test_another_text_is_refused_with_both_sums(tmp_path, capsys) -> None:
     (tmp_path / "text").write_text("to be")
     assert _shakespeare(tmp_path / "text", tmp_path) == 2

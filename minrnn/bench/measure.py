@@ -228,7 +228,7 @@ def large_triad() -> tuple[Callable[[], Tensor], int]:
 def machine() -> dict[str, Any]:
     """What was measured on: processor, cache, memory, threads, and who hands out the memory."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "last_level_cache": last_level_cache(),
@@ -304,7 +304,8 @@ def busy_cores(seconds: float = 0.3) -> float | None:
     return round(share * (os.cpu_count() or 1), 2)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the machine calls its processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

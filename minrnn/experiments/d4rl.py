@@ -15,7 +15,7 @@ from minrnn.configs import check_fields
 from minrnn.data import trajectory_files
 from minrnn.data.trajectories import normalized
 from minrnn.decision import DecisionModel
-from minrnn.experiments.results import TextTable, publish, spread
+from minrnn.experiments.results import TextTable, publish, spread, with_earlier
 from minrnn.files import write_atomically
 from minrnn.models import MixerName
 from minrnn.recipes import RL_RECIPES, RlConfig
@@ -195,11 +195,13 @@ def _play(folder: Path, episodes: int, target: float | None) -> None:
 
 def write(config: D4rlConfig) -> None:
     """Write the folder of results from all runs of the preset that are done."""
-    found = list(_done(config))
+    done = [run | {"preset": config.preset} for run in _done(config)]
+    runs = with_earlier(config.out, done, ("preset", "set", "name", "seed"))
+    found = [run for run in runs if run["preset"] == config.preset]
     behaviour = {
         name: _behaviour(config.data, name) for name in SETS if any(r["set"] == name for r in found)
     }
-    facts = {"config": asdict(config), "behaviour": behaviour, "runs": found}
+    facts = {"config": asdict(config), "behaviour": behaviour, "runs": runs}
     command = f"minrnn reproduce d4rl --preset {config.preset}"
     publish(config.out, command, facts, [table(found, behaviour)], draw(found, behaviour))
 

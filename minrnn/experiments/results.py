@@ -39,9 +39,44 @@ class TextTable:
 
 
 def origin() -> dict[str, str | None]:
-    """When, and from what code, a figure comes."""
+    """When, from what code and from what machine a figure comes."""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"date": date, "commit": measure.commit()}
+    return {"date": date, "commit": measure.commit(), "processor": measure.processor()}
+
+
+def with_earlier(
+    out: Path, found: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Runs with their origin, and those that `out` has of runs whose folders are gone.
+
+    Trainings of days are made on several machines, and their folders do not last. A run that is as
+    it was keeps its origin.
+
+    Args:
+        out: the folder of the results.
+        found: what is known of the runs whose folders are there.
+        keys: what tells one run from another.
+
+    Raises:
+        ValueError: the figures in `out` are damaged.
+    """
+    earlier: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if (out / FIGURES).is_file():
+        try:
+            facts = json.loads((out / FIGURES).read_text(encoding="utf-8"))
+            known = {"date": facts["date"], "commit": facts["commit"]}
+            known["processor"] = facts["machine"]["processor"]
+            earlier = {tuple(run[key] for key in keys): known | run for run in facts["runs"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{out / FIGURES} is damaged: {error!r}") from error
+    now, runs = origin(), []
+    for run in found:
+        # as JSON has it, where there are no tuples
+        run = json.loads(json.dumps(run))
+        before = earlier.pop(tuple(run[key] for key in keys), {})
+        unchanged = all(before.get(key) == value for key, value in run.items())
+        runs.append(before if unchanged else now | run)
+    return sorted([*runs, *earlier.values()], key=lambda run: [run[key] for key in keys])
 
 
 def publish(

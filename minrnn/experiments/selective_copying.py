@@ -14,7 +14,7 @@ from minrnn import checkpoint, losses
 from minrnn.configs import check_fields
 from minrnn.data.batch import Batch
 from minrnn.data.synthetic import VOCABULARY, selective_copying
-from minrnn.experiments.results import TextTable, publish, spread
+from minrnn.experiments.results import TextTable, publish, spread, with_earlier
 from minrnn.files import write_atomically
 from minrnn.models import LanguageModel, ModelConfig
 from minrnn.progress import Progress
@@ -246,8 +246,10 @@ def accuracy(model: nn.Module, length: int, count: int) -> tuple[float, float]:
 
 def write(config: CopyingConfig) -> None:
     """Write the folder of results from all runs of the preset that are done."""
-    found = list(_done(config.runs / config.preset))
-    facts = {"config": asdict(config), "runs": found}
+    done = [run | {"preset": config.preset} for run in _done(config.runs / config.preset)]
+    runs = with_earlier(config.out, done, ("preset", "name", "seed"))
+    found = [run for run in runs if run["preset"] == config.preset]
+    facts = {"config": asdict(config), "runs": runs}
     command = f"minrnn reproduce selective-copying --preset {config.preset}"
     length = PRESETS[config.preset].length
     publish(config.out, command, facts, [table(found, length)], draw(found, length))

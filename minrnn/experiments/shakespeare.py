@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from minrnn import checkpoint
 from minrnn.configs import check_fields
 from minrnn.data.shakespeare import tiny_shakespeare
-from minrnn.experiments.results import TextTable, publish, spread
+from minrnn.experiments.results import TextTable, publish, spread, with_earlier
 from minrnn.models import LanguageModel, ModelConfig
 from minrnn.recipes import RECIPES
 from minrnn.runs import text as text_runs
@@ -131,8 +131,10 @@ def _start(name: Name, seed: int, folder: Path, text: Path, config: ShakespeareC
 
 def write(config: ShakespeareConfig) -> None:
     """Write the folder of results from all run folders there are."""
-    found = list(_runs(config.runs))
-    facts = {"config": asdict(config), "runs": [run._asdict() for run in found]}
+    done = [run._asdict() for run in _runs(config.runs)]
+    runs = with_earlier(config.out, done, ("name", "seed"))
+    found = [Run(**{field: run[field] for field in Run._fields}) for run in runs]
+    facts = {"config": asdict(config), "runs": runs}
     publish(config.out, "minrnn reproduce shakespeare", facts, [table(found)], draw(found))
 
 
