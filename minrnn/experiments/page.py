@@ -72,6 +72,13 @@ def _section(name: str, folder: Path) -> str:
         machine, versions = figures["machine"], figures["versions"]
         facts = f"{figures['date']}, commit {figures['commit']}, {machine['processor']}, "
         facts += f"{machine['threads']} threads, torch {versions['torch']}"
+        origins = {
+            f"{run['date'][:10]}, commit {run['commit'][:12]}, {run['processor']}"
+            for run in figures.get("runs", ())
+            if "commit" in run
+        }
+        if origins:
+            facts += "; runs of " + "; ".join(sorted(origins))
         command = figures["command"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / FIGURES} is damaged: {error!r}") from error
