@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 # g++ where CXX is not set
 CXX ?= g++
 
-.PHONY: demo test test-slow sanitize lint format figures bench clean
+.PHONY: demo test test-gpu test-slow sanitize lint format figures bench clean
 
 demo: $(VENV)/ready
 	@test -f runs/plays.txt || { mkdir -p runs && $(BIN)/minrnn data shakespeare runs/plays.txt; }
@@ -26,6 +26,12 @@ test: $(VENV)/ready
 	$(PYTEST) -n 2 -m "not slow" --cov --cov-report=
 	$(PYTEST) -n 2 -m "not slow" --cov --cov-append --cov-fail-under=95 -p tests.without_native \
 	    tests/test_ops.py tests/test_operators.py tests/test_scans.py
+	$(PYTEST) -n 2 -p tests.on_triton \
+	    tests/test_ops.py tests/test_operators.py tests/triton_plans.py
+
+# the operators on a GPU, then what it costs there
+test-gpu: $(VENV)/ready
+	$(PYTEST) --device cuda tests/test_ops.py tests/test_operators.py tests/test_scans.py
 
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow --timeout 3600
@@ -78,7 +84,7 @@ $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 # the packages that we are compared with, without what they ask for: torch and numpy are there
 $(VENV)/peers: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
-	    minGRU-pytorch mingru-scans mambapy assoc-scan accelerated-scan einops \
+	    minGRU-pytorch mingru-scans mambapy assoc-scan accelerated-scan fla-core einops \
 	    jax jaxlib ml-dtypes opt-einsum scipy
 	touch $@
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minrnn import ops
+from minrnn.cli.devices import device_of
 
 torch.set_num_threads(1)
 # memory that nobody wrote holds NaN, so that an output left unwritten cannot pass by chance
@@ -16,21 +17,26 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 class Backend(NamedTuple):
-    """The operators of one backend, and the device that their tensors live on."""
+    """The operators, and the device that their tensors live on."""
 
     ops: ModuleType
     device: str
 
 
-BACKENDS = {
-    "cpu": Backend(ops, "cpu"),
-}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make test-gpu` asks for another device."""
+    parser.addoption("--device", default="cpu", help="where tests of operators run, e.g. cuda")
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_configure(config: pytest.Config) -> None:
+    """Stop where the device is not there: nothing is skipped."""
+    device_of(config.getoption("--device"))
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn; what the test makes lies on its device."""
-    chosen = BACKENDS[request.param]
+    """The operators on the device that was asked for; what the test makes lies there."""
+    chosen = Backend(ops, request.config.getoption("--device"))
     with torch.device(chosen.device):
         yield chosen
 

@@ -38,7 +38,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         raise measure.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(peers.metadata, "version", missing)
-    monkeypatch.setattr(measure, "large_triad", lambda: measure.triad(1000))
+    monkeypatch.setattr(measure, "large_triad", lambda device: measure.triad(1000, device))
     monkeypatch.setattr(measure, "MAX_ROUNDS", 3)
     # it would outlast the test
     monkeypatch.setattr(measure, "tell_allocator", lambda keep: measure.KEPT)
@@ -298,7 +298,7 @@ def test_values_in_pieces_are_the_tree_scan(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_wrong_operator_has_no_time_at_any_length(alone, monkeypatch) -> None:
     right = length.ops.mingru
     monkeypatch.setattr(length.ops, "mingru", lambda k, v: (right(k, v)[0] * 1.001, None))
-    rows = length._rows("mingru", (4, 8), 0.0)
+    rows = length._rows("mingru", (4, 8), 0.0, measure.CPU)
     assert [(row.value, row.note) for row in rows] == [(None, "wrong"), (None, "wrong")]
 
 

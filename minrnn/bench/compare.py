@@ -147,6 +147,7 @@ def timed_rows(
     yardsticks: Mapping[str, Call],
     num_bytes: Mapping[str, int],
     seconds: float,
+    device: torch.device = measure.CPU,
 ) -> tuple[Row, ...]:
     """Time all that are right, and the yardsticks behind them, in one interleaved run.
 
@@ -156,13 +157,14 @@ def timed_rows(
         yardsticks: by name; they need no check.
         num_bytes: by name, as `shares` takes it.
         seconds: for each, as `measure.interleave` takes it.
+        device: whose time counts.
 
     Returns:
         A row for each of both. Those that are not timed keep their note; if ours is among them,
         no ratio is given.
     """
     calls = {name: pick(c.calls) for name, c in checked.items() if c.calls is not None}
-    timings = measure.interleave(calls | dict(yardsticks), seconds)
+    timings = measure.interleave(calls | dict(yardsticks), seconds, measure.clock_of(device))
     rows = shares(timings, num_bytes)
     ours = next(iter(checked), "")
     found = []

@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from minrnn.bench import peers
+from minrnn.bench import measure, peers
 from minrnn.bench.compare import Checked, Entrant, Row, Table, check, timed_rows
 from minrnn.bench.measure import Call
 
@@ -20,20 +20,21 @@ FAMILIES = {"gru": "MinGRU", "lstm": "MinLSTM"}
 SECONDS, QUICK_SECONDS = 4.0, 0.4
 
 
-def measured(quick: bool = False) -> Iterator[Table]:
+def measured(quick: bool = False, device: torch.device = measure.CPU) -> Iterator[Table]:
     """Tables of forward with backward, the gradients of the input and of every weight included.
 
     Args:
         quick: fewer and smaller shapes, fewer rounds.
+        device: where.
     """
     seconds = QUICK_SECONDS if quick else SECONDS
     for family, name in FAMILIES.items():
         for shape in QUICK_SHAPES if quick else SHAPES:
             title = f"{name} forward + backward"
-            yield Table(title, shape, "ms", _rows(family, shape, seconds, loops=False))
+            yield Table(title, shape, "ms", _rows(family, shape, seconds, device, loops=False))
         for shape in QUICK_LOOP_SHAPES if quick else LOOP_SHAPES:
             title = f"{name} against step loops, forward + backward"
-            yield Table(title, shape, "ms", _rows(family, shape, seconds, loops=True))
+            yield Table(title, shape, "ms", _rows(family, shape, seconds, device, loops=True))
 
 
 # The slope of g jumps at 0: a candidate that rounding put on the other side, or on 0 itself, would
@@ -42,12 +43,14 @@ def measured(quick: bool = False) -> Iterator[Table]:
 # it is an odd multiple of 2^-19 beside multiples of 2^-14.
 
 
-def inputs(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def inputs(
+    shape: tuple[int, int, int], device: torch.device = measure.CPU
+) -> tuple[Tensor, Tensor]:
     """x and dh, normal, from a fixed seed; x in sixteenths, 2^-9 more in its first feature."""
     generator = torch.Generator().manual_seed(0)
     x = torch.round(torch.randn(shape, generator=generator) * 16) / 16
     x[..., 0] += 2.0**-9
-    return x, torch.randn(shape, generator=generator)
+    return x.to(device), torch.randn(shape, generator=generator).to(device)
 
 
 def _round_weights(module: nn.Module) -> None:
@@ -59,14 +62,20 @@ def _round_weights(module: nn.Module) -> None:
                 weight[:, 0] += 2.0**-10
 
 
-def _rows(family: str, shape: tuple[int, int, int], seconds: float, loops: bool) -> tuple[Row, ...]:
-    x, dh = inputs(shape)
+def _rows(
+    family: str,
+    shape: tuple[int, int, int],
+    seconds: float,
+    device: torch.device,
+    loops: bool,
+) -> tuple[Row, ...]:
+    x, dh = inputs(shape, device)
     checked = {}
     for number, layer in enumerate(one for one in peers.LAYERS if one.family == family):
         # the first is ours, which stands in both kinds of table
         if number == 0 or layer.loop == loops:
             checked[layer.name] = checked_layer(layer, x, dh)
-    return timed_rows(checked, lambda calls: Call(calls.both), {}, {}, seconds)
+    return timed_rows(checked, lambda calls: Call(calls.both), {}, {}, seconds, device)
 
 
 def checked_layer(layer: peers.Layer, x: Tensor, dh: Tensor) -> Checked:
@@ -76,6 +85,7 @@ def checked_layer(layer: peers.Layer, x: Tensor, dh: Tensor) -> Checked:
     def load() -> peers.Calls:
         torch.manual_seed(0)
         built.append(layer.build(x.shape[2]))
+        built[0].module.to(x.device)
         _round_weights(built[0].module)
         return peers.bind_layer(built[0], x, dh)
 

@@ -19,23 +19,26 @@ QUICK_LENGTHS = LENGTHS[:11]
 SECONDS, QUICK_SECONDS = 0.4, 0.1
 
 
-def measured(quick: bool = False) -> Iterator[Table]:
+def measured(quick: bool = False, device: torch.device = measure.CPU) -> Iterator[Table]:
     """A table for `scan`, `mingru` and `minlstm` forward, with a row for each length.
 
     Args:
         quick: up to T = 262,144, fewer rounds.
+        device: where.
     """
     lengths = QUICK_LENGTHS if quick else LENGTHS
-    memory = measure.tell_allocator(keep=True)
+    memory = measure.tell_allocator(keep=True) if device.type == "cpu" else ""
     for recurrence in RECURRENCES:
-        rows = _rows(recurrence, lengths, QUICK_SECONDS if quick else SECONDS)
+        rows = _rows(recurrence, lengths, QUICK_SECONDS if quick else SECONDS, device)
         title = f"{recurrence} forward at B = 1, D = {CHANNELS}"
         yield Table(title, (), "ms", rows, memory)
 
 
-def _rows(recurrence: str, lengths: tuple[int, ...], seconds: float) -> tuple[Row, ...]:
+def _rows(
+    recurrence: str, lengths: tuple[int, ...], seconds: float, device: torch.device
+) -> tuple[Row, ...]:
     """All lengths in one interleaved run, the shorter ones the beginning of the longest."""
-    *gates, _ = truth.inputs(recurrence, (1, lengths[-1], CHANNELS))
+    *gates, _ = truth.inputs(recurrence, (1, lengths[-1], CHANNELS), device)
     wanted = truth.values(recurrence, gates)
     errors: dict[int, float] = {}
     calls: dict[str, Call] = {}
@@ -44,9 +47,9 @@ def _rows(recurrence: str, lengths: tuple[int, ...], seconds: float) -> tuple[Ro
         errors[T] = truth.error([_forward(recurrence, cut)], [wanted[:, :T]])
         if errors[T] <= truth.TOLERANCE:
             calls[str(T)] = Call(lambda cut=cut: _forward(recurrence, cut))
-            calls[f"{HERE} {T}"] = Call(measure.triad(T * CHANNELS)[0])
+            calls[f"{HERE} {T}"] = Call(measure.triad(T * CHANNELS, device)[0])
     del wanted
-    timings = measure.interleave(calls, seconds)
+    timings = measure.interleave(calls, seconds, measure.clock_of(device))
     return tuple(_row(recurrence, T, timings, errors[T]) for T in lengths)
 
 

@@ -78,6 +78,25 @@ def summarize(turns: Sequence[Turn]) -> Timing:
     return Timing(median, low, high, len(seconds), faults)
 
 
+CPU = torch.device("cpu")
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds: those of the wall, or of a GPU behind all that it was asked to do so far."""
+    if device.type != "cuda":
+        return time.perf_counter
+    begin = torch.cuda.Event(enable_timing=True)
+    begin.record(torch.cuda.current_stream(device))
+
+    def now() -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        event.synchronize()
+        return 1e-3 * begin.elapsed_time(event)
+
+    return now
+
+
 def interleave(
     calls: Mapping[str, Call], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Timing]:
@@ -200,12 +219,12 @@ def tell_allocator(keep: bool) -> str:
     return (KEPT if keep else RETURNED) if all(done) else AS_IT_IS
 
 
-def triad(num_elements: int) -> tuple[Callable[[], Tensor], int]:
+def triad(num_elements: int, device: torch.device = CPU) -> tuple[Callable[[], Tensor], int]:
     """STREAM's triad, x = y + 3 z in float32 with all of torch's threads, and its bytes.
 
     The output is reused; counted are two reads and one write, as STREAM does.
     """
-    x, y, z = (torch.full((num_elements,), float(n)) for n in range(3))
+    x, y, z = (torch.full((num_elements,), float(n), device=device) for n in range(3))
     return (lambda: torch.add(y, z, alpha=3.0, out=x)), 12 * num_elements
 
 
@@ -220,14 +239,17 @@ def last_level_cache() -> int:
 
 
 @cache
-def large_triad() -> tuple[Callable[[], Tensor], int]:
+def large_triad(device: torch.device = CPU) -> tuple[Callable[[], Tensor], int]:
     """The triad on arrays of four times the last-level cache each, made once."""
+    if device.type == "cuda":
+        return triad(torch.cuda.get_device_properties(device).L2_cache_size, device)
     return triad(last_level_cache())
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device = CPU) -> dict[str, Any]:
     """What was measured on: processor, cache, memory, threads, and who hands out the memory."""
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return gpu | {
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -49,7 +49,7 @@ def _transformer(width: int) -> nn.Module:
 
 
 def _causal(module: nn.Module, x: Tensor) -> Tensor:
-    mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+    mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
     return module(x, src_mask=mask, is_causal=True)
 
 
@@ -70,28 +70,29 @@ TABLES = {
 }
 
 
-def measured(quick: bool = False) -> Iterator[Table]:
+def measured(quick: bool = False, device: torch.device = measure.CPU) -> Iterator[Table]:
     """Tables of forward with backward, the gradients of the input and of every weight included.
 
     Args:
         quick: a small shape, fewer rounds.
+        device: where.
     """
     shape = QUICK_SHAPE if quick else SHAPE
-    memory = measure.tell_allocator(keep=True)
+    memory = measure.tell_allocator(keep=True) if device.type == "cpu" else ""
     for title, subjects in TABLES.items():
-        checked = {one.name: _checked(one, shape) for one in subjects}
+        checked = {one.name: _checked(one, shape, device) for one in subjects}
         seconds = QUICK_SECONDS if quick else SECONDS
-        rows = timed_rows(checked, lambda calls: Call(calls.both), {}, {}, seconds)
+        rows = timed_rows(checked, lambda calls: Call(calls.both), {}, {}, seconds, device)
         yield Table(f"{title}, forward + backward", shape, "ms", rows, memory)
 
 
-def _checked(subject: Subject, shape: tuple[int, int, int]) -> Checked:
-    x, dy = inputs(shape)
+def _checked(subject: Subject, shape: tuple[int, int, int], device: torch.device) -> Checked:
+    x, dy = inputs(shape, device)
     built: list[nn.Module] = []
 
     def load() -> peers.Calls:
         torch.manual_seed(0)
-        built.append(subject.build(shape[2]))
+        built.append(subject.build(shape[2]).to(device))
         return peers.bind_layer(peers.Built(built[0], subject.run, subject.run), x, dy)
 
     def answer() -> list[Tensor]:

@@ -22,28 +22,29 @@ PAIRS: tuple[tuple[type, type], ...] = ((MinGRU, nn.GRU), (MinLSTM, nn.LSTM))
 SECONDS, QUICK_SECONDS = 30.0, 1.0
 
 
-def measured(quick: bool = False) -> Iterator[Table]:
+def measured(quick: bool = False, device: torch.device = measure.CPU) -> Iterator[Table]:
     """Tables of forward with backward through two bidirectional layers, all sequences packed.
 
     Args:
         quick: fewer and shorter sequences.
+        device: where.
     """
     B, low, high, width = QUICK_SIZES if quick else SIZES
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(low, high + 1, (B,), generator=generator).tolist()
-    series = [torch.randn(T, width, generator=generator) for T in lengths]
+    series = [torch.randn(T, width, generator=generator).to(device) for T in lengths]
     few = sorted(series, key=len)[:CHECKED]
-    memory = measure.tell_allocator(keep=True)
+    memory = measure.tell_allocator(keep=True) if device.type == "cpu" else ""
     for ours, theirs in PAIRS:
         checked: dict[str, Checked] = {}
         for kind in (ours, theirs):
             name = kind.__name__ if kind is ours else f"nn.{kind.__name__}"
-            layer = _build(kind, width)
+            layer = _build(kind, width).to(device)
             right = check(Entrant(name, partial(_bind, layer, few), partial(_answer, layer, few)))
             calls = None if right.calls is None else _bind(layer, series)
             checked[name] = right._replace(calls=calls)
         steps, longest = sum(lengths), max(lengths)
-        rows = timed_rows(checked, _both, {}, {}, QUICK_SECONDS if quick else SECONDS)
+        rows = timed_rows(checked, _both, {}, {}, QUICK_SECONDS if quick else SECONDS, device)
         notes = [f"{steps / row.value * 1e3:,.0f} steps/s" if row.value else "" for row in rows]
         rows = tuple(replace(r, note=r.note or n) for r, n in zip(rows, notes, strict=True))
         title = f"{ours.__name__} packed, {min(lengths)} to {longest} steps, "
@@ -93,7 +94,7 @@ def _bind(layer: nn.Module, series: Sequence[Tensor]) -> peers.Calls:
 
 def _answer(layer: nn.Module, series: Sequence[Tensor]) -> list[Tensor]:
     """Output and gradients in float64, each sequence alone; ours by its equation."""
-    wide = _build(type(layer), series[0].shape[1]).double()
+    wide = _build(type(layer), series[0].shape[1]).to(series[0].device).double()
     wide.load_state_dict(layer.state_dict())
     leaf = torch.cat(list(series)).double().requires_grad_()
     outputs = [_alone(wide, x) for x in leaf.split([len(x) for x in series])]

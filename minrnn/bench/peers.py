@@ -28,6 +28,7 @@ REQUIREMENTS = {
     "mambapy": "1.2.0",
     "assoc-scan": "0.0.6",
     "accelerated-scan": "0.3.1",
+    "fla-core": "0.6.0",
     "jax": "0.10.2",
     "transformers": "5.23.0",
 }

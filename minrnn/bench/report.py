@@ -24,6 +24,7 @@ def publish(
     quick: bool,
     out: Path | None,
     draw: Callable[[str, Sequence[Table]], Figure],
+    device: torch.device = measure.CPU,
 ) -> list[Table]:
     """Print each table as it comes; then write `out`/bench-`name`.json and .png.
 
@@ -33,11 +34,13 @@ def publish(
         quick: was it the short form?
         out: the folder, made if it is not there. None writes nothing.
         draw: makes the picture, of `name` and all tables.
+        device: where; of a GPU's files the name says so, bench-`name`-cuda.
 
     Returns:
         The tables.
     """
-    facts = describe(name, quick)
+    facts = describe(name, quick, device)
+    stem = f"bench-{name}" + ("" if device.type == "cpu" else f"-{device.type}")
     print("\n".join(heading(facts)))
     done = []
     for table in tables:
@@ -47,10 +50,10 @@ def publish(
         out.mkdir(parents=True, exist_ok=True)
         content = facts | {"tables": [_plain(table) for table in done]}
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        write_atomically(out / f"bench-{name}.json", text.encode())
-        with replacing(out / f"bench-{name}.png") as file:
+        write_atomically(out / f"{stem}.json", text.encode())
+        with replacing(out / f"{stem}.png") as file:
             draw(name, done).savefig(file, format="png", dpi=110)
-        print(f"\n{out / f'bench-{name}.json'}, {out / f'bench-{name}.png'}")
+        print(f"\n{out / f'{stem}.json'}, {out / f'{stem}.png'}")
     return done
 
 
@@ -63,16 +66,18 @@ def _plain(table: Table) -> dict[str, Any]:
     return plain
 
 
-def describe(name: str, quick: bool) -> dict[str, Any]:
+def describe(name: str, quick: bool, device: torch.device = measure.CPU) -> dict[str, Any]:
     """All but the rows: command, machine, versions, commit, kernels, date."""
+    options = " --quick" if quick else ""
+    options += "" if device.type == "cpu" else f" --device {device}"
     return {
-        "command": f"minrnn bench {name}{' --quick' if quick else ''}",
+        "command": f"minrnn bench {name}{options}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": measure.commit(),
         "versions": measure.versions(tuple(peers.REQUIREMENTS)),
-        "kernels": kernels()["CPU"],
+        "kernels": kernels()[device.type.upper()],
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "machine": measure.machine(),
+        "machine": measure.machine(device),
     }
 
 
@@ -82,9 +87,11 @@ def heading(facts: dict[str, Any]) -> list[str]:
     served = ", ".join(sorted(set(facts["kernels"].values())))
     cache = f"{machine['last_level_cache'] >> 20} MiB last-level cache"
     busy = machine["busy"]
+    where = f"{machine['gpu']}; " if "gpu" in machine else ""
+    where += f"{machine['processor']}, {machine['cores']} cores"
     found = [
         f"{facts['command']}   commit {facts['commit'] or 'unknown'}",
-        f"{machine['processor']}, {machine['cores']} cores, {cache}, {machine['threads']} threads",
+        f"{where}, {cache}, {machine['threads']} threads",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"kernels: {served}; memory from {machine['allocator']}"
         + "".join(f", {name}={value}" for name, value in machine["settings"].items()),

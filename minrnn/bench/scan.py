@@ -7,7 +7,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from minrnn.bench import measure, peers, truth
+from minrnn.bench import gpu_peers, measure, peers, truth
 from minrnn.bench.compare import (
     HERE,
     ONE_THREAD,
@@ -31,34 +31,41 @@ ADDITION = "torch.add, new output"
 SECONDS, FRESH_SECONDS, QUICK_SECONDS = 0.3, 0.5, 0.05
 
 
-def measured(quick: bool = False) -> Iterator[Table]:
+def measured(quick: bool = False, device: torch.device = measure.CPU) -> Iterator[Table]:
     """Tables of `scan`, `mingru`, `minlstm`: forward, and forward with backward, at each shape.
 
     Those of `FRESH_SHAPES` come first: once the allocator keeps its pages, it has them for all.
 
     Args:
         quick: fewer and smaller shapes, fewer rounds.
+        device: where; a GPU's allocator keeps its pages, and is told nothing.
     """
-    returned = measure.tell_allocator(keep=False)
-    for shape in () if quick else FRESH_SHAPES:
+    on_cpu = device.type == "cpu"
+    returned = measure.tell_allocator(keep=False) if on_cpu else ""
+    for shape in FRESH_SHAPES if on_cpu and not quick else ():
         for recurrence in RECURRENCES:
-            for table in _tables(recurrence, shape, FRESH_SECONDS, others=False):
+            for table in _tables(recurrence, shape, FRESH_SECONDS, device, others=False):
                 yield replace(table, memory=returned)
-    kept = measure.tell_allocator(keep=True)
+    kept = measure.tell_allocator(keep=True) if on_cpu else ""
     seconds = QUICK_SECONDS if quick else SECONDS
     for shape in QUICK_SHAPES if quick else SHAPES:
         for recurrence in RECURRENCES:
-            for table in _tables(recurrence, shape, seconds, others=True):
+            for table in _tables(recurrence, shape, seconds, device, others=True):
                 yield replace(table, memory=kept)
 
 
 def _tables(
-    recurrence: str, shape: tuple[int, int, int], seconds: float, others: bool
+    recurrence: str,
+    shape: tuple[int, int, int],
+    seconds: float,
+    device: torch.device,
+    others: bool,
 ) -> Iterator[Table]:
-    *gates, dh = truth.inputs(recurrence, shape)
+    *gates, dh = truth.inputs(recurrence, shape, device)
     answer = cache(lambda: truth.answer(recurrence, gates, dh))
     checked = {}
-    for scan in peers.scans_of(recurrence) if others else peers.scans_of(recurrence)[:1]:
+    scans = (peers if device.type == "cpu" else gpu_peers).scans_of(recurrence)
+    for scan in scans if others else scans[:1]:
         checked[scan.name] = _check(scan, gates, dh, answer)
     answer.cache_clear()
     ours = checked[peers.OURS].calls
@@ -69,12 +76,12 @@ def _tables(
             return Call(calls.forward if forward else calls.both, threads)
 
         yardsticks, num_bytes = _yardsticks(gates[0], addition=forward)
-        if ours is not None:
+        if ours is not None and device.type == "cpu":
             yardsticks[peers.OURS + ONE_THREAD] = pick(ours, 1)
             yardsticks[HERE + ONE_THREAD] = Call(yardsticks[HERE].run, 1)
         moved = {name: each[recurrence] * gates[0].numel() for name in checked}
         moved |= num_bytes | {peers.OURS + ONE_THREAD: moved[peers.OURS]}
-        rows = timed_rows(checked, pick, yardsticks, moved, seconds)
+        rows = timed_rows(checked, pick, yardsticks, moved, seconds, device)
         yield Table(f"{recurrence} {pass_}", shape, "ms", rows)
 
 
@@ -96,8 +103,8 @@ def _load(scan: peers.Scan, gates: list[Tensor], dh: Tensor) -> peers.Calls:
 
 def _yardsticks(like: Tensor, addition: bool) -> tuple[dict[str, Call], dict[str, int]]:
     """The triads, and the plainest operation that allocates its output, with their bytes."""
-    stream, stream_bytes = measure.large_triad()
-    here, here_bytes = measure.triad(like.numel())
+    stream, stream_bytes = measure.large_triad(like.device)
+    here, here_bytes = measure.triad(like.numel(), like.device)
     calls = {STREAM: Call(stream), HERE: Call(here)}
     num_bytes = {STREAM: stream_bytes, HERE: here_bytes, HERE + ONE_THREAD: here_bytes}
     if addition:

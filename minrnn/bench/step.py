@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minrnn.bench import peers, truth
+from minrnn.bench import measure, peers, truth
 from minrnn.bench.compare import Checked, Entrant, Table, check, timed_rows
 from minrnn.bench.measure import Call
 from minrnn.layers import MinGRU, MinGRUCell, MinLSTM, MinLSTMCell
@@ -25,24 +25,26 @@ PAIRED = (nn.LSTM, nn.LSTMCell, MinLSTM, MinLSTMCell)
 SECONDS, QUICK_SECONDS = 2.0, 0.2
 
 
-def measured(quick: bool = False) -> Iterator[Table]:
+def measured(quick: bool = False, device: torch.device = measure.CPU) -> Iterator[Table]:
     """Tables of one step from a state, in inference mode: cells, and layers with T = 1.
 
     Args:
         quick: one stream only, fewer rounds.
+        device: where.
     """
     for kinds in CELLS:
         for shape in QUICK_SHAPES if quick else SHAPES:
-            checked = dict(_checked(kind, shape) for kind in kinds)
+            checked = dict(_checked(kind, shape, device) for kind in kinds)
             seconds = QUICK_SECONDS if quick else SECONDS
-            rows = timed_rows(checked, lambda calls: Call(calls.forward), {}, {}, seconds)
+            rows = timed_rows(checked, lambda calls: Call(calls.forward), {}, {}, seconds, device)
             yield Table(f"{next(iter(checked))} in inference mode", shape, "ms", rows)
 
 
-def _checked(kind: Any, shape: tuple[int, int, int]) -> tuple[str, Checked]:
+def _checked(kind: Any, shape: tuple[int, int, int], device: torch.device) -> tuple[str, Checked]:
     B, _, width = shape
     torch.manual_seed(0)
     module, x, h = kind(width, width), torch.randn(B, width), torch.rand(B, width)
+    module, x, h = (each.to(device) for each in (module, x, h))
     name = kind.__name__ if kind.__module__.startswith("minrnn") else f"nn.{kind.__name__}"
     name += "" if name.endswith("Cell") else ", T = 1"
     load = partial(_bind, module, x, h)
@@ -76,6 +78,6 @@ def _answer(module: Any, x: Tensor, h: Tensor) -> Tensor:
         a, b = truth.coefficients(name, gates)
         return a * h + b
     kind = nn.LSTMCell if isinstance(module, PAIRED) else nn.GRUCell
-    cell = kind(x.shape[1], h.shape[1], dtype=torch.float64)
+    cell = kind(x.shape[1], h.shape[1], device=x.device, dtype=torch.float64)
     cell.load_state_dict({name.removesuffix("_l0"): w for name, w in module.state_dict().items()})
     return cell(x, (h, h))[0] if kind is nn.LSTMCell else cell(x, h)

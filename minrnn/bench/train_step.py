@@ -66,7 +66,7 @@ class _TruthMixer(nn.Module):
         return F.linear(h, self.rnn.weight_hr_l0), State({"h": h[:, -1]})
 
 
-def measured(quick: bool = False) -> Iterator[Table]:
+def measured(quick: bool = False, device: torch.device = measure.CPU) -> Iterator[Table]:
     """Tables of a training step with either layer inside the same model, for both cells.
 
     With the allocator as it is, which decides much of the time, and keeping its pages. A step is
@@ -74,23 +74,24 @@ def measured(quick: bool = False) -> Iterator[Table]:
 
     Args:
         quick: the small model of the recipe `demo`, with minGRU only.
+        device: where; a GPU's allocator is told nothing, and there is one table for each cell.
     """
     name: RecipeName = "demo" if quick else "shakespeare"
-    for keep in (False, True):
+    for keep in (False, True) if device.type == "cpu" else (False,):
         # what is kept once stays: pages as they come go first
         memory = measure.tell_allocator(keep) if keep else measure.AS_IT_IS
         for mixer in ("mingru",) if quick else ("mingru", "minlstm"):
             recipe = RECIPES[name]
             recipe = replace(recipe, model=replace(recipe.model, mixer=mixer, vocab_size=0))
-            table = _table(name, recipe, QUICK_SECONDS if quick else SECONDS)
+            table = _table(name, recipe, QUICK_SECONDS if quick else SECONDS, device)
             yield replace(table, memory=memory)
 
 
-def _table(name: str, recipe: TextConfig, seconds: float) -> Table:
-    batch = _batch(recipe)
+def _table(name: str, recipe: TextConfig, seconds: float, device: torch.device) -> Table:
+    batch = _batch(recipe, device)
     mixer = recipe.model.mixer
     who, module, attribute = _PEERS[mixer]
-    ours = _model(recipe)
+    ours = _model(recipe).to(device)
     models: dict[str, LanguageModel] = {peers.OURS: ours}
     errors: dict[str, float] = {}
     notes: dict[str, str] = {}
@@ -104,7 +105,8 @@ def _table(name: str, recipe: TextConfig, seconds: float) -> Table:
             notes[which] = "wrong: loss or gradients differ from float64"
             del models[which]
     steps = {which: _step(model, recipe, batch) for which, model in models.items()}
-    timings = measure.interleave({which: Call(step) for which, step in steps.items()}, seconds)
+    turns = {which: Call(step) for which, step in steps.items()}
+    timings = measure.interleave(turns, seconds, measure.clock_of(device))
     timed = shares(timings, {})
     rows = []
     for which in (peers.OURS, who):
@@ -122,10 +124,10 @@ def _note(timing: Timing, num_tokens: int, step: Callable[[], Any]) -> str:
     )
 
 
-def _batch(recipe: TextConfig) -> Batch:
+def _batch(recipe: TextConfig, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(0)
     size = (recipe.train.batch_size, recipe.context + 1)
-    ids = torch.randint(VOCABULARY, size, generator=generator)
+    ids = torch.randint(VOCABULARY, size, generator=generator).to(device)
     return Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
 
 
@@ -151,6 +153,7 @@ def _with_peer(model: LanguageModel, layer: Callable[..., Any]) -> LanguageModel
         assert isinstance(block, Block)
         rnn = _rnn(block)
         other = layer(rnn.input_size, rnn.hidden_size / rnn.input_size, proj_out=True)
+        other.to(rnn.weight_ih_l0.device)
         *gates, v = rnn.weight_ih_l0.detach().chunk(rnn.num_gates)
         # it has the candidate above the gates
         fused = other.to_hidden_and_gate if len(gates) == 1 else other.to_hidden_and_f_i_gate

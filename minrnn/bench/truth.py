@@ -22,15 +22,18 @@ CONFIRMED_CHANNELS = 8
 PIECE = 1 << 16
 
 
-def inputs(recurrence: str, shape: tuple[int, int, int]) -> list[Tensor]:
+def inputs(
+    recurrence: str, shape: tuple[int, int, int], device: torch.device | str = "cpu"
+) -> list[Tensor]:
     """What the recurrence takes, float32 from a fixed seed, and the gradient dh behind it.
 
     Pre-activations are normal; a = sigmoid(-k) and b = sigmoid(k) * g(v) for the plain scan, so
-    that log space has a logarithm of everything.
+    that log space has a logarithm of everything. The same numbers on every device.
     """
     generator = torch.Generator().manual_seed(0)
     count = {"scan": 2, "mingru": 2, "minlstm": 3}[recurrence]
-    *gates, v, dh = (torch.randn(shape, generator=generator) for _ in range(count + 1))
+    drawn = [torch.randn(shape, generator=generator).to(device) for _ in range(count + 1)]
+    *gates, v, dh = drawn
     if recurrence == "scan":
         g = torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
         return [torch.sigmoid(-gates[0]), torch.sigmoid(gates[0]) * g, dh]

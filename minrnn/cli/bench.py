@@ -19,6 +19,7 @@ from minrnn.bench import (
     train_step,
 )
 from minrnn.bench.compare import Table, all_right
+from minrnn.cli.devices import device_of
 
 
 def measure_precision(quick: bool = False) -> int:
@@ -38,10 +39,11 @@ def measure_precision(quick: bool = False) -> int:
 
 def _bench(
     name: str,
-    measured: Callable[[bool], Iterable[Table]],
+    measured: Callable[..., Iterable[Table]],
     says: str,
     short: str,
     draw: Callable[[str, Sequence[Table]], Figure] = report.draw_ratios,
+    on_gpu: bool = True,
 ) -> Callable[..., int]:
     """The command `minrnn bench name`.
 
@@ -51,10 +53,16 @@ def _bench(
         says: what it does.
         short: what the short form leaves out.
         draw: makes the picture.
+        on_gpu: whether it can also be taken on a GPU.
     """
 
     def command(quick: bool = False, out: Path | None = None) -> int:
         return 0 if all_right(report.publish(name, measured(quick), quick, out, draw)) else 1
+
+    def command_on(quick: bool = False, out: Path | None = None, device: str = "cpu") -> int:
+        where = device_of(device)
+        tables = measured(quick, where)
+        return 0 if all_right(report.publish(name, tables, quick, out, draw, where)) else 1
 
     files = f"bench-{name}.json and bench-{name}.png"
     command.__doc__ = f"""{says}
@@ -63,7 +71,12 @@ def _bench(
         quick: {short}, within a minute.
         out: the folder for {files}; None only prints.
     """
-    return command
+    if not on_gpu:
+        return command
+    command_on.__doc__ = f"""{command.__doc__.rstrip()}
+        device: cpu, or cuda, whose files are called {files.replace(".", "-cuda.")}.
+    """
+    return command_on
 
 
 BENCHES = {
@@ -109,6 +122,7 @@ BENCHES = {
         decision.measured,
         "Time actions and updates of decision models beside a Decision Transformer's.",
         "one episode at a time and fewer rounds",
+        on_gpu=False,
     ),
     "train-step": _bench(
         "train-step",
@@ -121,5 +135,6 @@ BENCHES = {
         memory.measured,
         "Measure the peak memory of a training step of each layer, in a fresh process each.",
         "one small shape, once",
+        on_gpu=False,
     ),
 }

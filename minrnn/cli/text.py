@@ -6,10 +6,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from tyro.conf import Positional
 
 from minrnn import checkpoint, info, losses, plots
+from minrnn.cli.devices import device_of
 from minrnn.data import shakespeare
 from minrnn.data import text as text_data
 from minrnn.data.tokenizers import Characters
@@ -74,7 +74,7 @@ def evaluate_text(
         else:
             raise ValueError(f"{run} was saved without a tokenizer")
         windows = corpus.windows(context, batch_size)
-        loss = evaluate(model.to(_device(device)), losses.next_symbol, windows)
+        loss = evaluate(model.to(device_of(device)), losses.next_symbol, windows)
         size = corpus.num_tokens - corpus.num_train - 1
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}: the model's weights are broken")
@@ -110,7 +110,7 @@ def generate_text(
     if tokenizer is None:
         raise ValueError(f"{run} was saved without a tokenizer")
     assert isinstance(model, LanguageModel)
-    model = model.to(_device(device))
+    model = model.to(device_of(device))
     if prompt is None:
         known = tokenizer.vocabulary if isinstance(tokenizer, Characters) else "\n"
         prompt = "\n" if "\n" in known else known[0]
@@ -154,14 +154,3 @@ def _write_text(file: Path, content: bytes) -> int:
     write_atomically(file, content)
     print(f"{file}: {len(content):,} bytes")
     return 0
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        # a device that is named but not there fails here, not in the middle of the work
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"`device` must be one of this machine's, got {name!r}") from error
