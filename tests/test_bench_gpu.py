@@ -1,4 +1,4 @@
-"""The benches on a GPU, as far as a machine without one can say: who competes, whose clock it is."""
+"""The benches on a GPU, as far as a machine without one can say: who competes, whose clock."""
 
 import pytest
 import torch
