@@ -3,6 +3,8 @@
 import functools
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +14,13 @@ from torch import Tensor
 from training import KILLER, assert_same_run, python, text_config, trained, write_text
 
 from minrnn import checkpoint, train
+from minrnn.data import shakespeare
 from minrnn.models import LanguageModel, ModelConfig
 from minrnn.runs import text as runs
 from minrnn.tasks import TextTask
 from minrnn.train import NonFiniteLossError
 
+ROOT = Path(__file__).parents[1]
 # of the loss, from which it takes some thirty halvings until the gradient fits in float16
 TOO_LARGE = 2.0**40
 SCALED = f"""
@@ -61,6 +65,21 @@ def test_losses_are_those_of_float32(source, tmp_path) -> None:
         losses = _lines(runs_of[name], "valid_loss")
         assert losses == pytest.approx(wanted, rel=tolerance)
         assert losses != wanted
+
+
+@pytest.mark.slow
+def test_losses_of_the_demo_are_those_of_float32(tmp_path) -> None:
+    """Its model and learning rates, over 150 steps with short sequences."""
+    data = tmp_path / "plays.txt"
+    data.write_text(shakespeare.plays(), encoding="utf-8")
+    options = "--steps 150 --batch-size 8 --context 32 --eval-every 25 --valid-limit 2048"
+    command = [sys.executable, ROOT / "docs" / "loss_curves.py", "--data", data]
+    command += ["--out", tmp_path / "runs", *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    # it exits with 1 if an evaluation is more than 1 % off
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 150 // 25
 
 
 def _train(source: Path, folder: Path, **fields: object) -> LanguageModel:
