@@ -101,6 +101,8 @@ def test_a_step_that_overflows_is_skipped_and_halves_the_scale(source, tmp_path,
     two = _train(source, tmp_path / "2", steps=2, log_every=1)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert _lines(tmp_path / "2", "loss_scale") == [TOO_LARGE / 2, TOO_LARGE / 4]
+    tensors, _ = checkpoint.read_tensors(tmp_path / "2" / "training_state" / "last.safetensors")
+    assert not any(x.any() for name, x in tensors.items() if name.startswith("optimizer."))
     # a norm that is not finite has no place in JSON
     assert _lines(tmp_path / "2", "grad_norm") == []
     many = _train(source, tmp_path / "60", steps=60, log_every=1, learning_rate=1e-2)
