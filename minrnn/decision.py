@@ -122,11 +122,12 @@ class DecisionModel(nn.Module):
         Args:
             x: (B, T, A + 1 + S + 1), T >= 1: the action before (zeros at first), the
                 return-to-go, the observation, the number of the step, from 0. Numbers beyond
-                `config.episode_length` are taken for the last.
+                `config.episode_length` are taken for the last. float32, under autocast and for
+                weights in half precision too, where the number of a late step has no place.
             state: what an earlier call returned; None at the start.
 
         Returns:
-            actions: (B, T, A).
+            actions: (B, T, A), in the dtype of the weights, also under autocast.
             state: a State, one entry for each layer.
         """
         if x.dim() != 3 or x.shape[1] < 1 or x.shape[2] != self.num_features:
@@ -134,11 +135,13 @@ class DecisionModel(nn.Module):
                 f"`x` must have shape (B, T, {self.num_features}) with T >= 1, got {tuple(x.shape)}"
             )
         sizes = [self.config.action_size, 1, self.config.observation_size, 1]
+        dtype = self.norm.weight.dtype
         action, to_go, observation, number = x.split(sizes, dim=2)
         observation = (observation - self.observation_mean) / self.observation_std
-        action = self.embed_action((action - self.action_middle) / self.action_reach)
-        to_go = self.embed_return(to_go / self.config.return_scale)
-        observation = self.embed_observation(observation)
+        action = (action - self.action_middle) / self.action_reach
+        action = self.embed_action(action.to(dtype))
+        to_go = self.embed_return((to_go / self.config.return_scale).to(dtype))
+        observation = self.embed_observation(observation.to(dtype))
         if self.embed_step is not None:
             last = self.embed_step.num_embeddings - 1
             now = number[:, :, 0].long()

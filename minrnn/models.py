@@ -193,7 +193,8 @@ class LanguageModel(nn.Module):
             state: what an earlier call returned; None at the start of a text.
 
         Returns:
-            logits: (B, T, V), before the softmax, of the symbol after each.
+            logits: (B, T, V), before the softmax, of the symbol after each, in the dtype of the
+                weights, or of autocast.
             state: a State of fixed size, one entry for each layer.
         """
         if ids.dim() != 2 or ids.shape[1] < 1:

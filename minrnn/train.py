@@ -146,16 +146,7 @@ class _Loop:
     def __init__(self, model: nn.Module, task: Task, config: TrainConfig, folder: Path) -> None:
         self.task, self.config, self.folder = task, config, folder
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
-        self.accelerator = Accelerator(
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulation,
-            log_with="tensorboard",
-            project_dir=folder,
-        )
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"one process trains a run for now, got {self.accelerator.num_processes}"
-            )
+        self.accelerator = _accelerator(config, folder)
         self.raw_model = model
         self.optimizer = _optimizer(model, config)
         self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
@@ -206,12 +197,12 @@ class _Loop:
         try:
             self.step, self.best_step = notes["step"], notes["best_step"]
             best_loss, metrics_size = notes["best_loss"], notes["metrics_size"]
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(notes["scaler"])
         except KeyError as error:
             raise ValueError(f"{self._last} is no training state: it has no {error}") from error
         self.best_loss = math.inf if best_loss is None else best_loss
         self._put(tensors)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(notes["scaler"])
         weights = self.folder / checkpoint.WEIGHTS
         if self.best_step and not weights.is_file() and self.step != self.best_step:
             raise ValueError(f"{weights} is missing: the best weights, of step {self.best_step}")
@@ -248,7 +239,11 @@ class _Loop:
         self.step += 1
         event = Event(self.step, torch.stack(losses).mean().item(), learning_rate)
         if self.step % config.log_every == 0:
-            values = {"loss": event.loss, "learning_rate": learning_rate, "grad_norm": float(norm)}
+            values = {"loss": event.loss, "learning_rate": learning_rate}
+            if math.isfinite(norm):
+                values["grad_norm"] = float(norm)
+            if self.accelerator.scaler is not None:
+                values["loss_scale"] = self.accelerator.scaler.get_scale()
             self._log(values)
         return event
 
@@ -328,8 +323,10 @@ class _Loop:
     def _require_finite(self, loss: Tensor, norm: Tensor) -> None:
         if not torch.isfinite(loss):
             raise self._not_finite("the loss", loss.item(), self.step + 1)
-        # in fp16 the scaler skips steps whose gradient overflowed
-        if not torch.isfinite(norm) and self.accelerator.scaler is None:
+        # in fp16 the scaler skips steps whose gradient overflowed, and halves its scale; a gradient
+        # that is too large without it will stay so
+        scaler = self.accelerator.scaler
+        if not torch.isfinite(norm) and (scaler is None or scaler.get_scale() <= 1):
             raise self._not_finite("the gradient's norm", float(norm), self.step + 1)
 
     def _not_finite(self, what: str, value: float, step: int) -> NonFiniteLossError:
@@ -337,6 +334,22 @@ class _Loop:
         if self._last.is_file():
             kept = f"the save of step {checkpoint.read_tensors(self._last)[1]['step']} is kept"
         return NonFiniteLossError(f"{what} became {value} in step {step}; {kept} in {self.folder}")
+
+
+def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulation,
+        log_with="tensorboard",
+        project_dir=folder,
+    )
+    if accelerator.num_processes > 1:
+        raise ValueError(f"one process trains a run for now, got {accelerator.num_processes}")
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate (1.15) trains in float32 then, without a word; torch has what it takes
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+    return accelerator
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

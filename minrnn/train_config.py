@@ -38,7 +38,8 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision; "no" is float32. The recurrent state is float32 always."""
+    """Mixed precision; "no" is float32. The recurrent state is float32 always, and so are weights
+    and optimizer; "fp16" scales the loss and skips the steps whose gradient overflows."""
     eval_every: int = 250
     """Steps between evaluations on the validation part; each is followed by a save."""
     patience: int = 0

@@ -22,8 +22,9 @@ def test_readme_examples_run(tmp_path, monkeypatch, capsys) -> None:
     assert "that is the question" in capsys.readouterr().out
 
 
-def test_examples_of_the_migration_run() -> None:
-    result = doctest.testfile(str(ROOT / "docs" / "migrate.md"), module_relative=False)
+@pytest.mark.parametrize("name", ["migrate.md", "precision.md"])
+def test_examples_of_the_documents_run(name: str) -> None:
+    result = doctest.testfile(str(ROOT / "docs" / name), module_relative=False)
     assert result.failed == 0
     assert result.attempted > 0
 

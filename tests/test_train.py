@@ -12,76 +12,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from training import (
+    KILLER,
+    MODEL,
+    TRAIN,
+    assert_same_run,
+    python,
+    text_config,
+    trained,
+    write_text,
+)
 
 from minrnn import checkpoint, files, train
 from minrnn.data import text
-from minrnn.models import LanguageModel, ModelConfig
-from minrnn.recipes import RECIPES, TextConfig
+from minrnn.models import LanguageModel
+from minrnn.recipes import RECIPES
 from minrnn.runs import text as runs
 from minrnn.tasks import TextTask
 from minrnn.train import NonFiniteLossError, evaluate
 from minrnn.train_config import TrainConfig
 
-MODEL = ModelConfig(width=16, num_layers=1, dropout=0.1)
-TRAIN = TrainConfig(steps=20, batch_size=4, warmup_steps=5, eval_every=5, log_every=2)
-
-# Kills its own process at the n-th file that is synced or renamed: inside a save, or between two.
-KILLER = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-calls = 0
-def killing(function, moment):
-    def wrapped(*args, **named):
-        global calls
-        calls += 1
-        if calls == int(sys.argv[1]) and moment == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        function(*args, **named)
-    return wrapped
-os.replace, os.fsync = killing(os.replace, "before"), killing(os.fsync, "before")
-from minrnn.cli import main
-sys.exit(main(["train", "--resume", sys.argv[2]]))
-"""
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small text with something to learn in it."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{n} and {n} are {2 * n}.\n" for n in range(200)))
-    return path
-
-
-def _config(source: Path, out: Path, **fields: object) -> TextConfig:
-    config = replace(TRAIN, **fields)
-    return TextConfig(data=source, out=out, context=16, model=MODEL, train=config)
-
-
-def _run(source: Path, out: Path, **fields: object) -> Path:
-    runs.go_on(runs.start(_config(source, out, **fields)))
-    return out
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that all others must equal."""
-    return _run(source, tmp_path_factory.mktemp("runs") / "uninterrupted")
-
-
-def _assert_same_run(ours: Path, theirs: Path) -> None:
-    assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
-    for name in ("model.safetensors", "training_state/last.safetensors"):
-        tensors, notes = checkpoint.read_tensors(ours / name)
-        expected, expected_notes = checkpoint.read_tensors(theirs / name)
-        assert notes == expected_notes
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[key], x) for key, x in expected.items())
-    assert list(ours.rglob("*.tmp")) == []
-
-
-def _python(script: str, *args: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", script, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return trained(source, tmp_path_factory.mktemp("runs") / "uninterrupted")
 
 
 def test_run_folder_holds_what_it_says(uninterrupted: Path) -> None:
@@ -106,7 +66,7 @@ def test_weights_on_disk_have_the_best_loss(uninterrupted: Path) -> None:
 
 
 def test_training_learns(source: Path, tmp_path) -> None:
-    run = _run(source, tmp_path / "run", steps=150, learning_rate=1e-2, eval_every=150)
+    run = trained(source, tmp_path / "run", steps=150, learning_rate=1e-2, eval_every=150)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     # an untrained model stands at log 18 = 2.9
     assert last["valid_loss"] < 1.2
@@ -116,19 +76,19 @@ def test_killed_inside_saves_and_resumed_it_ends_the_same(source, tmp_path, unin
     run = tmp_path / "run"
     run.mkdir()
     # a run that was killed before its text was read
-    checkpoint.write_config(run, {"text": runs._to_json(_config(source, run))})
+    checkpoint.write_config(run, {"text": runs._to_json(text_config(source, run))})
     # calls that sync or rename, in the order in which a life makes them: 3 for each file (content,
     # name, folder): ids, corpus and configuration once; at each evaluation the metrics (1 call),
     # the last state and the best weights; and weights that a killed life still owed
     for calls in (1, 4, 9, 9, 10, 5, 8, 2):
-        assert _python(KILLER, calls, run).returncode == -signal.SIGKILL
-    ended = _python(KILLER, 10_000, run)
+        assert python(KILLER, calls, run).returncode == -signal.SIGKILL
+    ended = python(KILLER, 10_000, run)
     assert ended.returncode == 0, ended.stderr
-    _assert_same_run(run, uninterrupted)
+    assert_same_run(run, uninterrupted)
 
 
 def test_stopped_by_sigterm_it_saves_and_resumes(source, tmp_path, uninterrupted) -> None:
-    run = runs.start(_config(source, tmp_path / "run"))
+    run = runs.start(text_config(source, tmp_path / "run"))
     report = runs.Progress.report
 
     def terminate(progress: runs.Progress, event: train.Event) -> None:
@@ -142,11 +102,11 @@ def test_stopped_by_sigterm_it_saves_and_resumes(source, tmp_path, uninterrupted
     assert (result.step, result.interrupted) == (7, True)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert runs.go_on(run).step == 20
-    _assert_same_run(run, uninterrupted)
+    assert_same_run(run, uninterrupted)
 
 
 def test_a_finished_run_stays_as_it_is(source, tmp_path) -> None:
-    run = _run(source, tmp_path / "run", steps=5)
+    run = trained(source, tmp_path / "run", steps=5)
     before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
     assert runs.go_on(run).step == 5
     assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
@@ -155,7 +115,7 @@ def test_a_finished_run_stays_as_it_is(source, tmp_path) -> None:
 def test_patience_ends_a_training_that_gets_no_better(source, tmp_path) -> None:
     # no weight moves by so little, so that all evaluations are equal
     options = {"learning_rate": 1e-20, "min_learning_rate": 0.0, "eval_every": 2}
-    result = runs.go_on(runs.start(_config(source, tmp_path, **options, patience=3)))
+    result = runs.go_on(runs.start(text_config(source, tmp_path, **options, patience=3)))
     assert (result.step, result.best_step) == (8, 2)
     assert not result.interrupted
     again = runs.go_on(tmp_path)
@@ -163,7 +123,7 @@ def test_patience_ends_a_training_that_gets_no_better(source, tmp_path) -> None:
 
 
 def test_a_full_disk_keeps_the_save_before(source, tmp_path, uninterrupted) -> None:
-    run = runs.start(_config(source, tmp_path / "run"))
+    run = runs.start(text_config(source, tmp_path / "run"))
     writes = checkpoint.write_tensors
 
     def full(path: Path, *args: object) -> None:
@@ -177,13 +137,13 @@ def test_a_full_disk_keeps_the_save_before(source, tmp_path, uninterrupted) -> N
             runs.go_on(run)
     # a real process whose files cannot grow beyond 4 kB
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
-    failed = _python(f"{limit}\n{KILLER}", 10_000, run)
+    failed = python(f"{limit}\n{KILLER}", 10_000, run)
     assert failed.returncode == 2
     assert "cannot save" in failed.stderr
     assert "File too large; the file that was there is whole" in failed.stderr
     assert checkpoint.read_tensors(run / "training_state" / "last.safetensors")[1]["step"] == 5
     runs.go_on(run)
-    _assert_same_run(run, uninterrupted)
+    assert_same_run(run, uninterrupted)
 
 
 class _Stop(Exception):
@@ -191,7 +151,7 @@ class _Stop(Exception):
 
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_save(source, tmp_path) -> None:
-    run = runs.start(_config(source, tmp_path / "run"))
+    run = runs.start(text_config(source, tmp_path / "run"))
     with pytest.MonkeyPatch.context() as patch:
         loss = TextTask.loss
         calls = iter(range(10_000))
@@ -209,7 +169,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_save(source, tmp_path) -> No
 
 
 def test_a_damaged_save_is_refused(source, tmp_path) -> None:
-    run = _run(source, tmp_path / "run", steps=5)
+    run = trained(source, tmp_path / "run", steps=5)
     last = run / "training_state" / "last.safetensors"
     last.write_bytes(last.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"last\.safetensors is damaged or truncated"):
@@ -217,7 +177,7 @@ def test_a_damaged_save_is_refused(source, tmp_path) -> None:
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(source, tmp_path) -> None:
-    config = _config(source, tmp_path / "run", steps=1, batch_size=8, weight_decay=0.0)
+    config = text_config(source, tmp_path / "run", steps=1, batch_size=8, weight_decay=0.0)
     updates = []
     for accumulation in (1, 4):
         torch.manual_seed(0)
@@ -234,12 +194,6 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(source, tmp_path) ->
         train.train(model, task, replace(config.train, accumulation=accumulation), folder)
         updates.append(model.head.weight.detach())
     torch.testing.assert_close(updates[0], updates[1], rtol=1e-4, atol=1e-6)
-
-
-def test_mixed_precision_trains(source, tmp_path) -> None:
-    run = _run(source, tmp_path / "run", steps=60, precision="bf16", learning_rate=1e-2)
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["valid_loss"] < 2.0
 
 
 def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
@@ -288,7 +242,7 @@ def test_recipes_are_what_they_say() -> None:
 
 
 def test_what_a_resume_needs_must_be_there(source, tmp_path) -> None:
-    run = _run(source, tmp_path / "run", steps=10)
+    run = trained(source, tmp_path / "run", steps=10)
     metrics, weights = run / "metrics.jsonl", run / "model.safetensors"
     last = run / "training_state" / "last.safetensors"
     metrics.write_bytes(metrics.read_bytes()[:-5])
@@ -305,7 +259,7 @@ def test_what_a_resume_needs_must_be_there(source, tmp_path) -> None:
 def test_a_text_that_changed_is_refused(source, tmp_path) -> None:
     copy, run = tmp_path / "text", tmp_path / "run"
     copy.write_bytes(source.read_bytes())
-    _run(copy, run, steps=5)
+    trained(copy, run, steps=5)
     tokens = run / "corpus" / "tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[::-1])
     with pytest.raises(ValueError, match=r"tokens\.bin is damaged"):
@@ -317,7 +271,7 @@ def test_a_text_that_changed_is_refused(source, tmp_path) -> None:
 
 
 def test_two_processes_cannot_train_one_run(source, tmp_path) -> None:
-    run = _run(source, tmp_path / "run", steps=5)
+    run = trained(source, tmp_path / "run", steps=5)
     with (
         files.locked(run / ".lock"),
         pytest.raises(ValueError, match=r"another process is at work in .*run"),
@@ -328,13 +282,13 @@ def test_two_processes_cannot_train_one_run(source, tmp_path) -> None:
 def test_a_run_folder_inside_its_text_is_refused(source, tmp_path) -> None:
     (tmp_path / "a.txt").write_bytes(source.read_bytes())
     with pytest.raises(ValueError, match="lies inside the text's folder"):
-        runs.start(_config(tmp_path, tmp_path / "run"))
+        runs.start(text_config(tmp_path, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_killed_at_any_time_and_resumed_it_ends_the_same(source, tmp_path, uninterrupted) -> None:
-    run = runs.start(_config(source, tmp_path / "run"))
+    run = runs.start(text_config(source, tmp_path / "run"))
     command = [sys.executable, "-c", KILLER, "10000", str(run)]
     for lives in range(12):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -342,12 +296,12 @@ def test_killed_at_any_time_and_resumed_it_ends_the_same(source, tmp_path, unint
         time.sleep(2.0 + 0.15 * lives)
         process.kill()
         process.wait()
-    assert _python(KILLER, 10_000, run).returncode == 0
-    _assert_same_run(run, uninterrupted)
+    assert python(KILLER, 10_000, run).returncode == 0
+    assert_same_run(run, uninterrupted)
 
 
 def test_errors_of_the_logs_are_save_errors(source, tmp_path, monkeypatch) -> None:
-    run = runs.start(_config(source, tmp_path / "run"))
+    run = runs.start(text_config(source, tmp_path / "run"))
 
     sync = os.fsync
 

@@ -1,6 +1,8 @@
 """Questions about precision, cost, speed and memory, one file each.
 
-    precision    how far is each algorithm from the reference, and what arithmetic does it take?
+    precision    how far is each algorithm from the reference?
+    half_precision   what is lost in bfloat16 and float16, by an operator and by a whole layer?
+    cost         what arithmetic does an algorithm take?
     scan         how near are the operators to the bandwidth of the memory, and how far the others?
     length       how does their time grow with the length of the sequence?
     layer        how fast are the layers beside nn.GRU, nn.LSTM and the public minGRUs?
@@ -14,40 +16,47 @@ Behind them stand `peers` (who is compared), `truth` (who is right), `measure` (
 and `report` (table, JSON, picture). `docs/bench.md` says how to read what they print.
 """
 
+from minrnn.bench.cost import Cost, cost
+from minrnn.bench.half_precision import (
+    HALF_GATE_MEANS,
+    HALF_MEAN,
+    HalfRow,
+    LayerRow,
+    half_precision,
+    layer_precision,
+    print_half_precision,
+    print_layer_precision,
+)
 from minrnn.bench.precision import (
-    BFLOAT16_BIASES,
-    BFLOAT16_MEAN,
-    BFLOAT16_ROUNDING,
     GATE_MEANS,
     HEADROOM,
     LENGTHS,
     QUICK_LENGTHS,
+    ROUNDING,
     SCANS,
-    Bfloat16Row,
-    Cost,
     PrecisionRow,
-    bfloat16_precision,
-    cost,
     precision,
-    print_bfloat16_precision,
     print_precision,
 )
 
 __all__ = [
-    "BFLOAT16_BIASES",
-    "BFLOAT16_MEAN",
-    "BFLOAT16_ROUNDING",
     "GATE_MEANS",
+    "HALF_GATE_MEANS",
+    "HALF_MEAN",
     "HEADROOM",
     "LENGTHS",
     "QUICK_LENGTHS",
+    "ROUNDING",
     "SCANS",
-    "Bfloat16Row",
     "Cost",
+    "HalfRow",
+    "LayerRow",
     "PrecisionRow",
-    "bfloat16_precision",
     "cost",
+    "half_precision",
+    "layer_precision",
     "precision",
-    "print_bfloat16_precision",
+    "print_half_precision",
+    "print_layer_precision",
     "print_precision",
 ]

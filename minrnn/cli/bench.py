@@ -23,18 +23,21 @@ from minrnn.cli.devices import device_of
 
 
 def measure_precision(quick: bool = False) -> int:
-    """Measure the error of every scan algorithm and operator against float64.
+    """Measure the error of scans, operators and layers against float64, in three dtypes.
 
     Args:
         quick: stop at T = 4,096.
     """
     rows = bench.precision(quick=quick)
     bench.print_precision(rows)
-    print("\nThe same in bfloat16, the rounding of its inputs included:\n")
-    halves = bench.bfloat16_precision()
-    bench.print_bfloat16_precision(halves)
-    right = [row.error <= row.tolerance for row in rows]
-    return 0 if all([*right, *(row.error < bench.BFLOAT16_MEAN for row in halves)]) else 1
+    print("\nThe mean in half precision, the rounding of the inputs included:\n")
+    halves = bench.half_precision()
+    bench.print_half_precision(halves)
+    print("\nWhole layers, in half precision under autocast:\n")
+    layers = bench.layer_precision(quick=quick)
+    bench.print_layer_precision(layers)
+    right = [row.error <= row.tolerance for row in (*rows, *halves, *layers)]
+    return 0 if all(right) else 1
 
 
 def _bench(

@@ -85,7 +85,8 @@ class MinGRU(Stack):
                 step start from zeros, and nothing passes it in either direction.
 
         Returns:
-            output: `input` with hidden_size (or proj_size) * directions features.
+            output: `input` with hidden_size (or proj_size) * directions features, in the dtype of
+                the weights, or of autocast.
             h_n: like `hx`, float32 (float64 for float64), the states after the last step.
         """
         return self._run(input, hx, reset)
@@ -202,7 +203,7 @@ class MinLSTM(Stack):
             reset: as in `MinGRU`.
 
         Returns:
-            output: `input` with hidden_size (or proj_size) * directions features.
+            output: as in `MinGRU`.
             (h_n, c_n): the states after the last step, twice the same tensor, float32 (float64 for
                 float64).
         """

@@ -60,11 +60,13 @@ class LongConvolution(Mixer):
 
     def kernel(self, T: int) -> Tensor:
         """K(0), ..., K(T - 1): (width, T)."""
-        position = torch.arange(T, device=self.D.device, dtype=self.D.dtype)[:, None] / self.length
-        bands = torch.arange(1, _BANDS + 1, device=self.D.device, dtype=self.D.dtype)
+        # half precision has no room for a late position
+        dtype = torch.promote_types(self.D.dtype, torch.float32)
+        position = torch.arange(T, device=self.D.device, dtype=dtype)[:, None] / self.length
+        bands = torch.arange(1, _BANDS + 1, device=self.D.device, dtype=dtype)
         angles = 2 * math.pi * position * bands
         # (T, 1 + 2 * bands)
-        x = torch.cat([position, angles.cos(), angles.sin()], dim=1)
+        x = torch.cat([position, angles.cos(), angles.sin()], dim=1).to(self.D.dtype)
         for layer in self.hidden:
             x = torch.sin(_FREQUENCY * layer(x) / math.sqrt(_UNITS))
         return (self.filter(x) * torch.exp(-position * self.get_buffer("rates"))).T

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minrnn.mixers.contract import Mixer
@@ -30,7 +31,11 @@ class RecurrentNetwork(Mixer):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Mix x (B, T, width); the state is {"h": ..} and, of an LSTM, {"c": ..}."""
-        hx = None
+        hx, device = None, x.device.type
+        if isinstance(self.rnn, nn.LSTM) and torch.is_autocast_enabled(device):
+            # autocast asks oneDNN for an LSTM in half precision whatever the processor has; torch
+            # itself looks first, at an x that is cast already
+            x = x.to(torch.get_autocast_dtype(device))
         if state is not None:
             # what autocast runs in is what the layer takes a state in
             h, *c = (state.tensor(name)[None].to(x.dtype) for name in state)
