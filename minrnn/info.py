@@ -37,7 +37,7 @@ def describe() -> Iterator[str]:
     for name in ("numpy", "safetensors", "accelerate", "tensorboard", "tyro", "rich", "matplotlib"):
         yield f"{name} {_version(name)}"
     yield ""
-    yield "kernels: a compiled one where there is one, pure torch everywhere else"
+    yield "kernels: compiled or in Triton where there is one, pure torch everywhere else"
     for device, served in kernels().items():
         found = sorted(set(served.values()))
         if len(found) == 1:
@@ -83,8 +83,9 @@ def describe_run(folder: Path) -> Iterator[str]:
 
 def _kernel(name: str, device: str) -> str:
     # the dispatcher answers this through no public call
-    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"minrnn::{name}", device)
-    return "compiled" if compiled else "pure torch"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minrnn::{name}", device):
+        return "pure torch"
+    return "Triton" if device == "CUDA" else "compiled"
 
 
 def _devices() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.ops import torch_kernels, transforms
+from minrnn.ops import gpu, torch_kernels, transforms
 
 _Kernel = Callable[..., tuple[Tensor, ...]]
 
@@ -200,6 +200,12 @@ def register_second_gradient(name: str, formula: _Kernel) -> None:
 
 for _operator in OPERATORS:
     _define(_operator)
+
+# every operator, forward and backward
+NAMES = tuple(f"{op.name}{suffix}" for op in OPERATORS for suffix in ("", "_backward"))
+
+if gpu.is_installed():
+    gpu.register(_library, NAMES, "CUDA")
 
 # the compiled kernels, registered for the CPU by loading them
 for _path in Path(__file__).parent.glob("_native.*"):

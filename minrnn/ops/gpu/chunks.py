@@ -1,0 +1,174 @@
+"""The recurrences over chunks of time, for when rows and channels alone cannot fill a GPU.
+
+A program has a row, a block of channels and a chunk of time. It reads its gates once, scans them in
+registers, tells the chunks behind it what it does to a state, waits for the state that it begins
+with, and applies it: as many bytes as one pass through time, but for one number pair per chunk.
+
+Chunks are taken in the order of a counter, so a program waits only for programs that run already.
+A pair is one 64-bit word, whole or not there yet: nothing has to be ordered around it. The states
+are put together in one fixed order: the same bits every time. (Merrill and Garland 2016, "Single-pass
+parallel prefix scan with decoupled look-back", with groups of chunks in place of their windows.)
+"""
+
+import triton
+import triton.language as tl
+
+from minrnn.ops.gpu.formulas import coefficients, derivatives
+
+# chunks between two states that are told; a word that is not there yet
+GROUP, EMPTY = tl.constexpr(16), tl.constexpr(-1)
+
+
+@triton.jit
+def forward(
+    x0_ptr, x1_ptr, x2_ptr, h0_ptr, h_ptr, h_T_ptr, reset_ptr, counter_ptr, totals_ptr, states_ptr,
+    rows, T, D, blocks, x0_B, x0_T, x1_B, x1_T, x2_B, x2_T, h_B, h_T, reset_B, reset_T,
+    OP: tl.constexpr, CANDIDATE: tl.constexpr, NORMALIZED: tl.constexpr, REVERSE: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """h (rows, T, D) and h_T (rows, D)."""
+    b, d, chunk, step, here, inside = _place(counter_ptr, rows, T, D, blocks, STEPS, BLOCK)
+    t = T - 1 - step if REVERSE else step
+    x0 = tl.load(x0_ptr + b * x0_B + t * x0_T + d, mask=here, other=0.0).to(tl.float32)
+    x1 = tl.load(x1_ptr + b * x1_B + t * x1_T + d, mask=here, other=0.0).to(tl.float32)
+    x2 = x0
+    if OP == "minlstm":
+        x2 = tl.load(x2_ptr + b * x2_B + t * x2_T + d, mask=here, other=0.0).to(tl.float32)
+    a, add = coefficients(x0, x1, x2, OP, CANDIDATE, NORMALIZED)
+    if reset_ptr is not None:
+        cut = tl.load(reset_ptr + b * reset_B + t * reset_T, mask=step < T, other=0)
+        a = tl.where(cut != 0, 0.0, a)
+    # steps behind the end change nothing
+    a, add = tl.where(step < T, a, 1.0), tl.where(step < T, add, 0.0)
+    a, add = tl.associative_scan((a, add), 0, _join)
+    first = tl.zeros([1, BLOCK], tl.float32)
+    if h0_ptr is not None:
+        first = tl.load(h0_ptr + b * D + d, mask=inside, other=0.0).to(tl.float32)
+    totals_ptr += b * D + d
+    states_ptr += b * D + d
+    state = _carried(first, a, add, chunk, inside, totals_ptr, states_ptr, rows * D, STEPS)
+    h = _apply(a, add, state)
+    tl.store(h_ptr + b * h_B + t * h_T + d, h.to(h_ptr.dtype.element_ty), mask=here)
+    tl.store(h_T_ptr + b * D + d + 0 * step, h, mask=here & (step == T - 1))
+
+
+@triton.jit
+def backward(
+    dh_ptr, dh_T_ptr, x0_ptr, x1_ptr, x2_ptr, h0_ptr, h_ptr, d0_ptr, d1_ptr, d2_ptr, dh0_ptr,
+    reset_ptr, counter_ptr, totals_ptr, states_ptr,
+    rows, T, D, blocks, x0_B, x0_T, x1_B, x1_T, x2_B, x2_T, dh_B, dh_T, h_B, h_T,
+    d0_B, d0_T, d1_B, d1_T, d2_B, d2_T, reset_B, reset_T,
+    OP: tl.constexpr, CANDIDATE: tl.constexpr, NORMALIZED: tl.constexpr, REVERSE: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the gates (rows, T, D), and dh0 (rows, D)."""
+    S: tl.constexpr = d0_ptr.dtype.element_ty
+    b, d, chunk, step, here, inside = _place(counter_ptr, rows, T, D, blocks, STEPS, BLOCK)
+    # from the last step to the first; the steps before and after each, as the forward pass went
+    t = step if REVERSE else T - 1 - step
+    earlier, later = (t + 1, t - 1) if REVERSE else (t - 1, t + 1)
+    is_first, is_last = step == T - 1, step == 0
+    x0 = tl.load(x0_ptr + b * x0_B + t * x0_T + d, mask=here, other=0.0).to(tl.float32)
+    y0 = tl.load(x0_ptr + b * x0_B + later * x0_T + d, mask=here & (step > 0), other=0.0)
+    y0 = y0.to(tl.float32)
+    x1, y1, x2 = x0, y0, x0
+    if OP != "scan":
+        x1 = tl.load(x1_ptr + b * x1_B + t * x1_T + d, mask=here, other=0.0).to(tl.float32)
+    if OP == "minlstm":
+        x2 = tl.load(x2_ptr + b * x2_B + t * x2_T + d, mask=here, other=0.0).to(tl.float32)
+        y1 = tl.load(x1_ptr + b * x1_B + later * x1_T + d, mask=here & (step > 0), other=0.0)
+        y1 = y1.to(tl.float32)
+    p = tl.load(h_ptr + b * h_B + earlier * h_T + d, mask=here & (step < T - 1), other=0.0)
+    p = p.to(tl.float32)
+    if h0_ptr is not None:
+        h0 = tl.load(h0_ptr + b * D + d, mask=inside, other=0.0).to(tl.float32)
+        p = tl.where(is_first, h0, p)
+    # g_t = dh_t + a_{t+1} g_{t+1}, whose first state is dh_T
+    dh = tl.load(dh_ptr + b * dh_B + t * dh_T + d, mask=here, other=0.0).to(tl.float32)
+    a_later, _ = coefficients(y0, y1, y0, OP, "identity", NORMALIZED)
+    a_later = tl.where(is_last, 1.0, a_later)
+    keep = tl.full([STEPS, 1], 1, tl.int1)
+    if reset_ptr is not None:
+        reset_ptr += b * reset_B
+        cut = tl.load(reset_ptr + later * reset_T, mask=(step > 0) & (step < T), other=0)
+        a_later = tl.where(cut != 0, 0.0, a_later)
+        keep = tl.load(reset_ptr + t * reset_T, mask=step < T, other=0) == 0
+        p = tl.where(keep, p, 0.0)
+    a_later, dh = tl.where(step < T, a_later, 1.0), tl.where(step < T, dh, 0.0)
+    a_later, dh = tl.associative_scan((a_later, dh), 0, _join)
+    first = tl.load(dh_T_ptr + b * D + d, mask=inside, other=0.0).to(tl.float32)
+    totals_ptr += b * D + d
+    states_ptr += b * D + d
+    state = _carried(first, a_later, dh, chunk, inside, totals_ptr, states_ptr, rows * D, STEPS)
+    g = _apply(a_later, dh, state)
+    dx0, dx1, dx2, a = derivatives(x0, x1, x2, p, OP, CANDIDATE, NORMALIZED)
+    tl.store(d0_ptr + b * d0_B + t * d0_T + d, (g * dx0).to(S), mask=here)
+    tl.store(d1_ptr + b * d1_B + t * d1_T + d, (g * dx1).to(S), mask=here)
+    if OP == "minlstm":
+        tl.store(d2_ptr + b * d2_B + t * d2_T + d, (g * dx2).to(S), mask=here)
+    dh0 = tl.where(keep, a * g, 0.0).to(dh0_ptr.dtype.element_ty)
+    tl.store(dh0_ptr + b * D + d + 0 * step, dh0, mask=here & is_first)
+
+
+@triton.jit
+def _place(counter_ptr, rows, T, D, blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The row b, channels d (1, BLOCK), chunk and steps (STEPS, 1) of the next program."""
+    # in the order in which programs begin, whatever their number
+    program = tl.atomic_add(counter_ptr, 1, sem="relaxed").to(tl.int64)
+    chunk = program // (rows * blocks)
+    b = program // blocks % rows
+    d = program % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    step = chunk * STEPS + tl.arange(0, STEPS)[:, None]
+    return b, d, chunk, step, (step < T) & (d < D), d < D
+
+
+@triton.jit
+def _join(a, b, a_later, b_later):
+    """Two spans of steps as one; what a reset drops may be infinite."""
+    return a * a_later, _apply(a_later, b_later, b)
+
+
+@triton.jit
+def _apply(a, b, state):
+    """a * state + b, where a = 0 drops the state whatever it is."""
+    return tl.where(a == 0.0, b, a * state + b)
+
+
+@triton.jit
+def _carried(
+    first, a, b, chunk, inside, totals_ptr, states_ptr, stride, STEPS: tl.constexpr
+):  # fmt: skip
+    """The state that a chunk begins with; what it does itself is told first."""
+    is_end = tl.arange(0, STEPS)[:, None] == STEPS - 1
+    a_all = tl.sum(tl.where(is_end, a, 0.0), axis=0, keep_dims=True)
+    b_all = tl.sum(tl.where(is_end, b, 0.0), axis=0, keep_dims=True)
+    tl.store(totals_ptr + chunk * stride, _pack(a_all, b_all), mask=inside)
+    state = first
+    begin = chunk // GROUP * GROUP
+    if begin > 0:
+        _, state = _wait(states_ptr + (begin // GROUP - 1) * stride, inside)
+    for earlier in range(begin, chunk):
+        a_earlier, b_earlier = _wait(totals_ptr + earlier * stride, inside)
+        state = _apply(a_earlier, b_earlier, state)
+    if chunk % GROUP == GROUP - 1:
+        told = _pack(a_all, _apply(a_all, b_all, state))
+        tl.store(states_ptr + chunk // GROUP * stride, told, mask=inside)
+    return state
+
+
+@triton.jit
+def _wait(words_ptr, inside):
+    """The pairs of other programs, as soon as all are there."""
+    words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
+    while tl.max(tl.max((words == EMPTY).to(tl.int32), axis=1), axis=0) > 0:
+        words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
+    a = (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return a, words.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pack(a, b):
+    """Two float32 as one word that is never EMPTY: no arithmetic makes a NaN of ones only."""
+    a = tl.where(a == a, a, float("nan")).to(tl.int32, bitcast=True).to(tl.int64)
+    b = tl.where(b == b, b, float("nan")).to(tl.int32, bitcast=True).to(tl.int64)
+    return (a << 32) | (b & 0xFFFFFFFF)
