@@ -5,8 +5,9 @@ registers, tells the chunks behind it what it does to a state, waits for the sta
 with, and applies it: as many bytes as one pass through time, but for one number pair per chunk.
 
 Chunks are taken in the order of a counter, so a program waits only for programs that run already.
-A pair is one 64-bit word, whole or not there yet: nothing has to be ordered around it. The states
-are put together in one fixed order: the same bits every time. (Merrill and Garland 2016, "Single-pass
+A pair is one 64-bit word, whole or not there yet: nothing has to be ordered around it. It is told
+by an atomic exchange, as a plain store may stay where other programs do not see it. The states are
+put together in one fixed order: the same bits every time. (Merrill and Garland 2016, "Single-pass
 parallel prefix scan with decoupled look-back", with groups of chunks in place of their windows.)
 """
 
@@ -17,6 +18,7 @@ from minrnn.ops.gpu.formulas import coefficients, derivatives
 
 # chunks between two states that are told; a word that is not there yet
 GROUP, EMPTY = tl.constexpr(16), tl.constexpr(-1)
+_IDENTITY = tl.constexpr("identity")
 
 
 @triton.jit
@@ -24,7 +26,7 @@ def forward(
     x0_ptr, x1_ptr, x2_ptr, h0_ptr, h_ptr, h_T_ptr, reset_ptr, counter_ptr, totals_ptr, states_ptr,
     rows, T, D, blocks, x0_B, x0_T, x1_B, x1_T, x2_B, x2_T, h_B, h_T, reset_B, reset_T,
     OP: tl.constexpr, CANDIDATE: tl.constexpr, NORMALIZED: tl.constexpr, REVERSE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr, IS_AMD: tl.constexpr,
 ):  # fmt: skip
     """h (rows, T, D) and h_T (rows, D)."""
     b, d, chunk, step, here, inside = _place(counter_ptr, rows, T, D, blocks, STEPS, BLOCK)
@@ -46,7 +48,8 @@ def forward(
         first = tl.load(h0_ptr + b * D + d, mask=inside, other=0.0).to(tl.float32)
     totals_ptr += b * D + d
     states_ptr += b * D + d
-    state = _carried(first, a, add, chunk, inside, totals_ptr, states_ptr, rows * D, STEPS)
+    board = (totals_ptr, states_ptr, rows * D)
+    state = _carried(first, a, add, chunk, inside, board, STEPS, IS_AMD)
     h = _apply(a, add, state)
     tl.store(h_ptr + b * h_B + t * h_T + d, h.to(h_ptr.dtype.element_ty), mask=here)
     tl.store(h_T_ptr + b * D + d + 0 * step, h, mask=here & (step == T - 1))
@@ -59,7 +62,7 @@ def backward(
     rows, T, D, blocks, x0_B, x0_T, x1_B, x1_T, x2_B, x2_T, dh_B, dh_T, h_B, h_T,
     d0_B, d0_T, d1_B, d1_T, d2_B, d2_T, reset_B, reset_T,
     OP: tl.constexpr, CANDIDATE: tl.constexpr, NORMALIZED: tl.constexpr, REVERSE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr, IS_AMD: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the gates (rows, T, D), and dh0 (rows, D)."""
     S: tl.constexpr = d0_ptr.dtype.element_ty
@@ -85,7 +88,7 @@ def backward(
         p = tl.where(is_first, h0, p)
     # g_t = dh_t + a_{t+1} g_{t+1}, whose first state is dh_T
     dh = tl.load(dh_ptr + b * dh_B + t * dh_T + d, mask=here, other=0.0).to(tl.float32)
-    a_later, _ = coefficients(y0, y1, y0, OP, "identity", NORMALIZED)
+    a_later, _ = coefficients(y0, y1, y0, OP, _IDENTITY, NORMALIZED)
     a_later = tl.where(is_last, 1.0, a_later)
     keep = tl.full([STEPS, 1], 1, tl.int1)
     if reset_ptr is not None:
@@ -99,7 +102,8 @@ def backward(
     first = tl.load(dh_T_ptr + b * D + d, mask=inside, other=0.0).to(tl.float32)
     totals_ptr += b * D + d
     states_ptr += b * D + d
-    state = _carried(first, a_later, dh, chunk, inside, totals_ptr, states_ptr, rows * D, STEPS)
+    board = (totals_ptr, states_ptr, rows * D)
+    state = _carried(first, a_later, dh, chunk, inside, board, STEPS, IS_AMD)
     g = _apply(a_later, dh, state)
     dx0, dx1, dx2, a = derivatives(x0, x1, x2, p, OP, CANDIDATE, NORMALIZED)
     tl.store(d0_ptr + b * d0_B + t * d0_T + d, (g * dx0).to(S), mask=here)
@@ -114,9 +118,10 @@ def backward(
 def _place(counter_ptr, rows, T, D, blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """The row b, channels d (1, BLOCK), chunk and steps (STEPS, 1) of the next program."""
     # in the order in which programs begin, whatever their number
-    program = tl.atomic_add(counter_ptr, 1, sem="relaxed").to(tl.int64)
-    chunk = program // (rows * blocks)
-    b = program // blocks % rows
+    program = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+    # 32 bits until a stride is met: there is no instruction that divides 64
+    chunk = (program // (rows * blocks)).to(tl.int64)
+    b = (program // blocks % rows).to(tl.int64)
     d = program % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     step = chunk * STEPS + tl.arange(0, STEPS)[:, None]
     return b, d, chunk, step, (step < T) & (d < D), d < D
@@ -135,35 +140,49 @@ def _apply(a, b, state):
 
 
 @triton.jit
-def _carried(
-    first, a, b, chunk, inside, totals_ptr, states_ptr, stride, STEPS: tl.constexpr
-):  # fmt: skip
+def _carried(first, a, b, chunk, inside, board, STEPS: tl.constexpr, IS_AMD: tl.constexpr):
     """The state that a chunk begins with; what it does itself is told first."""
+    totals_ptr, states_ptr, stride = board
     is_end = tl.arange(0, STEPS)[:, None] == STEPS - 1
     a_all = tl.sum(tl.where(is_end, a, 0.0), axis=0, keep_dims=True)
     b_all = tl.sum(tl.where(is_end, b, 0.0), axis=0, keep_dims=True)
-    tl.store(totals_ptr + chunk * stride, _pack(a_all, b_all), mask=inside)
+    _tell(totals_ptr + chunk * stride, a_all, b_all, inside)
     state = first
     begin = chunk // GROUP * GROUP
     if begin > 0:
-        _, state = _wait(states_ptr + (begin // GROUP - 1) * stride, inside)
+        _, state = _wait(states_ptr + (begin // GROUP - 1) * stride, inside, IS_AMD)
     for earlier in range(begin, chunk):
-        a_earlier, b_earlier = _wait(totals_ptr + earlier * stride, inside)
+        a_earlier, b_earlier = _wait(totals_ptr + earlier * stride, inside, IS_AMD)
         state = _apply(a_earlier, b_earlier, state)
     if chunk % GROUP == GROUP - 1:
-        told = _pack(a_all, _apply(a_all, b_all, state))
-        tl.store(states_ptr + chunk // GROUP * stride, told, mask=inside)
+        _tell(states_ptr + chunk // GROUP * stride, a_all, _apply(a_all, b_all, state), inside)
     return state
 
 
 @triton.jit
-def _wait(words_ptr, inside):
+def _tell(words_ptr, a, b, inside):
+    """Let other programs have a pair."""
+    tl.atomic_xchg(words_ptr, _pack(a, b), mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _wait(words_ptr, inside, IS_AMD: tl.constexpr):
     """The pairs of other programs, as soon as all are there."""
-    words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
-    while tl.max(tl.max((words == EMPTY).to(tl.int32), axis=1), axis=0) > 0:
-        words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
+    words = _look(words_ptr, inside, IS_AMD)
+    while tl.max(tl.max((words == EMPTY).to(tl.int32), axis=1), axis=0) > 0:  # pyright: ignore[reportOperatorIssue]
+        words = _look(words_ptr, inside, IS_AMD)
     a = (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return a, words.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _look(words_ptr, inside, IS_AMD: tl.constexpr):
+    """The words as they are by now."""
+    if IS_AMD:
+        # Triton's loads from buffers are never volatile there: one would be taken out of the loop
+        words = tl.atomic_add(words_ptr, 0, mask=inside, sem="relaxed")
+        return tl.where(inside, words, 0)
+    return tl.load(words_ptr, mask=inside, other=0, volatile=True)
 
 
 @triton.jit

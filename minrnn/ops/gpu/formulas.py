@@ -64,7 +64,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _lift(f, i, NORMALIZED: tl.constexpr):
-    """What both gates are raised by: normalised, far below 0, only f - i counts, and 0/0 is near."""
+    """What raises both gates: normalised, far below 0, only f - i counts, and 0/0 is near."""
     larger = tl.maximum(f, i)
     lift = tl.zeros_like(f)
     if NORMALIZED:
@@ -83,8 +83,8 @@ def coefficients(x0, x1, x2, OP: tl.constexpr, CANDIDATE: tl.constexpr, NORMALIZ
         a, b = z_shut * bottom * scale, z_open * top * scale
     if OP == "minlstm":
         lift = _lift(x0, x1, NORMALIZED)
-        f_open, f_shut, f_sum = _sigmoid(x0 + lift)
-        i_open, i_shut, i_sum = _sigmoid(x1 + lift)
+        f_open, _, f_sum = _sigmoid(x0 + lift)
+        i_open, _, i_sum = _sigmoid(x1 + lift)
         keep, take = f_open * i_sum, i_open * f_sum
         total = keep + take if NORMALIZED else f_sum * i_sum
         top, bottom = _activation(x2, CANDIDATE)
