@@ -130,7 +130,7 @@ def _place(counter_ptr, rows, T, D, blocks, STEPS: tl.constexpr, BLOCK: tl.const
 @triton.jit
 def _join(a, b, a_later, b_later):
     """Two spans of steps as one; what a reset drops may be infinite."""
-    return a * a_later, _apply(a_later, b_later, b)
+    return tl.where(a_later == 0.0, 0.0, a * a_later), _apply(a_later, b_later, b)
 
 
 @triton.jit
@@ -147,13 +147,16 @@ def _carried(first, a, b, chunk, inside, board, STEPS: tl.constexpr, IS_AMD: tl.
     a_all = tl.sum(tl.where(is_end, a, 0.0), axis=0, keep_dims=True)
     b_all = tl.sum(tl.where(is_end, b, 0.0), axis=0, keep_dims=True)
     _tell(totals_ptr + chunk * stride, a_all, b_all, inside)
-    state = first
+    # first what needs no state: from group to group the way is then one word, not a whole group
+    a_before, b_before = tl.full(first.shape, 1.0, tl.float32), tl.zeros_like(first)
     begin = chunk // GROUP * GROUP
+    for earlier in range(begin, chunk):
+        a_next, b_next = _wait(totals_ptr + earlier * stride, inside, IS_AMD)
+        a_before, b_before = _join(a_before, b_before, a_next, b_next)
+    state = first
     if begin > 0:
         _, state = _wait(states_ptr + (begin // GROUP - 1) * stride, inside, IS_AMD)
-    for earlier in range(begin, chunk):
-        a_earlier, b_earlier = _wait(totals_ptr + earlier * stride, inside, IS_AMD)
-        state = _apply(a_earlier, b_earlier, state)
+    state = _apply(a_before, b_before, state)
     if chunk % GROUP == GROUP - 1:
         _tell(states_ptr + chunk // GROUP * stride, a_all, _apply(a_all, b_all, state), inside)
     return state
