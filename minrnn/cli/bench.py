@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from minrnn import bench
 from minrnn.bench import (
     decision,
+    gpu_static,
     layer,
     length,
     memory,
@@ -122,4 +123,5 @@ BENCHES = {
         "Measure the peak memory of a training step of each layer, in a fresh process each.",
         "one small shape, once",
     ),
+    "gpu-static": gpu_static.measure,
 }
