@@ -42,7 +42,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         return interpreter.TensorHandle(rounded, tl.bfloat16)
 
     interpreter.InterpreterBuilder.create_fp_trunc = to_bfloat16
-    triton_kernels._THREADS, triton_kernels.NARROW, triton_kernels.STEPS = 2, 4, 8
+    triton_kernels.INTERPRETED = triton_kernels.Device(multiprocessors=1, warp=2)
+    triton_kernels.NARROW, triton_kernels.STEPS = 4, 8
     chunks.GROUP = tl.constexpr(4)
     gpu.register(_library, NAMES, "CPU")
     served = kernels()["CPU"]

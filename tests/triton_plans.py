@@ -4,10 +4,10 @@ import pytest
 import torch
 import triton.language as tl
 from cases import CASES, GATES, Case, Inputs, assert_close, expected, make_inputs, operator, run
-from torch import Tensor, bfloat16, float16, float32, float64
+from torch import bfloat16, float16, float32, float64
 
 from minrnn.ops.gpu import chunks, kernels
-from minrnn.ops.gpu.kernels import plan_of
+from minrnn.ops.gpu.kernels import Device, plan_of
 
 NAN, INF = float("nan"), float("inf")
 # where programs count as enough to go through time: always, never
@@ -22,9 +22,8 @@ def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def _takes_chunks(case: Case) -> bool:
-    gate = torch.empty(1, dtype=case.dtype)
-    packed = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens)
-    return bool(plan_of(case.B, case.T, case.D, gate, packed).chunks)
+    packed = case.cu_seqlens is not None
+    return bool(plan_of(case.B, case.T, case.D, case.dtype, packed, kernels.INTERPRETED).chunks)
 
 
 # chunks of 8 steps in groups of 4: a row of 101 has more than three groups
@@ -46,7 +45,7 @@ def test_each_plan_matches_the_reference(plan: str, name: str, case: Case) -> No
 
 
 def test_blocks_as_a_gpu_has_them(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_THREADS", 32)
+    monkeypatch.setattr(kernels, "INTERPRETED", Device(multiprocessors=1, warp=32))
     monkeypatch.setattr(kernels, "NARROW", 32)
     monkeypatch.setattr(kernels, "STEPS", 64)
     monkeypatch.setattr(chunks, "GROUP", tl.constexpr(16))
@@ -104,16 +103,6 @@ def test_runs_give_the_same_bits(plan: str) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-class _Like:
-    """Stands for a tensor on some GPU."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.device = dtype, torch.device("cuda")
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
-
-
 # with 132 multiprocessors 528 programs of one warp fill an H100, with 40 a T4 is filled by 160
 @pytest.mark.parametrize(
     ("multiprocessors", "dtype", "shape", "chunked"),
@@ -130,14 +119,12 @@ class _Like:
     ],
 )
 def test_plan_is_picked_by_shape(monkeypatch, multiprocessors, dtype, shape, chunked) -> None:
-    monkeypatch.setattr(kernels, "_THREADS", 32)
     monkeypatch.setattr(kernels, "NARROW", 32)
     monkeypatch.setattr(kernels, "STEPS", 64)
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
-    gate: Tensor = _Like(dtype)  # pyright: ignore[reportAssignmentType]
-    plan = plan_of(*shape, gate, None)
+    gpu = Device(multiprocessors, warp=32)
+    plan = plan_of(*shape, dtype, False, gpu)
     assert bool(plan.chunks) == chunked
     assert plan.BLOCK * plan.blocks >= shape[2]
     if chunked:
         assert plan.programs == shape[0] * plan.blocks * -(-shape[1] // 64)
-    assert not plan_of(*shape, gate, torch.tensor([0, shape[1]])).chunks
+    assert not plan_of(*shape, dtype, True, gpu).chunks

@@ -11,6 +11,7 @@
     mixers       how fast are those that the paper compares with?
     train_step   what is left of it when a whole model trains?
     memory       how much memory does a training step of a layer take?
+    gpu_static   what can be known of the GPU's kernels without a GPU?
 
 Behind them stand `peers` (who is compared), `truth` (who is right), `measure` (how time is taken)
 and `report` (table, JSON, picture). `docs/bench.md` says how to read what they print.

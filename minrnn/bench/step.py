@@ -43,8 +43,8 @@ def measured(quick: bool = False, device: torch.device = measure.CPU) -> Iterato
 def _checked(kind: Any, shape: tuple[int, int, int], device: torch.device) -> tuple[str, Checked]:
     B, _, width = shape
     torch.manual_seed(0)
-    module, x, h = kind(width, width), torch.randn(B, width), torch.rand(B, width)
-    module, x, h = (each.to(device) for each in (module, x, h))
+    module = kind(width, width).to(device)
+    x, h = torch.randn(B, width).to(device), torch.rand(B, width).to(device)
     name = kind.__name__ if kind.__module__.startswith("minrnn") else f"nn.{kind.__name__}"
     name += "" if name.endswith("Cell") else ", T = 1"
     load = partial(_bind, module, x, h)

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from minrnn import bench
 from minrnn.bench import (
     decision,
+    gpu_static,
     layer,
     length,
     memory,
@@ -140,4 +141,5 @@ BENCHES = {
         "one small shape, once",
         on_gpu=False,
     ),
+    "gpu-static": gpu_static.measure,
 }

@@ -5,10 +5,10 @@ registers, tells the chunks behind it what it does to a state, waits for the sta
 with, and applies it: as many bytes as one pass through time, but for one number pair per chunk.
 
 Chunks are taken in the order of a counter, so a program waits only for programs that run already.
-A pair is one 64-bit word, whole or not there yet: nothing has to be ordered around it. The states
-are put together in one fixed order: the same bits every time. (Merrill and Garland 2016,
-"Single-pass parallel prefix scan with decoupled look-back", with groups of chunks in place of their
-windows.)
+A pair is one 64-bit word, whole or not there yet: nothing has to be ordered around it. It is told
+by an atomic exchange, as a plain store may stay where other programs do not see it. The states are
+put together in one fixed order: the same bits every time. (Merrill and Garland 2016, "Single-pass
+parallel prefix scan with decoupled look-back", with groups of chunks in place of their windows.)
 """
 
 import triton
@@ -20,6 +20,7 @@ from minrnn.ops.gpu.formulas import coefficients, derivatives
 GROUP = tl.constexpr(16)
 # a word that is not there yet; the decay of a chunk with a reset, a NaN that no arithmetic makes
 EMPTY, CUT = tl.constexpr(-1), tl.constexpr(0x7FC00001)
+_IDENTITY = tl.constexpr("identity")
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def forward(
     x0_ptr, x1_ptr, x2_ptr, h0_ptr, h_ptr, h_T_ptr, reset_ptr, counter_ptr, totals_ptr, states_ptr,
     rows, T, D, blocks, x0_B, x0_T, x1_B, x1_T, x2_B, x2_T, h_B, h_T, reset_B, reset_T,
     OP: tl.constexpr, CANDIDATE: tl.constexpr, NORMALIZED: tl.constexpr, REVERSE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr, IS_AMD: tl.constexpr,
 ):  # fmt: skip
     """h (rows, T, D) and h_T (rows, D)."""
     b, d, chunk, step, here, inside = _place(counter_ptr, rows, T, D, blocks, STEPS, BLOCK)
@@ -38,7 +39,7 @@ def forward(
     if OP == "minlstm":
         x2 = tl.load(x2_ptr + b * x2_B + t * x2_T + d, mask=here, other=0.0).to(tl.float32)
     a, add = coefficients(x0, x1, x2, OP, CANDIDATE, NORMALIZED)
-    CUTS: tl.constexpr = reset_ptr is not None
+    CUTS: tl.constexpr = reset_ptr is not None  # pyright: ignore[reportAssignmentType]
     cut = None
     if CUTS:
         cut = tl.load(reset_ptr + b * reset_B + t * reset_T, mask=step < T, other=0)
@@ -51,9 +52,8 @@ def forward(
         first = tl.load(h0_ptr + b * D + d, mask=inside, other=0.0).to(tl.float32)
     totals_ptr += b * D + d
     states_ptr += b * D + d
-    state = _carried(
-        first, a, add, cut, chunk, inside, totals_ptr, states_ptr, rows * D, CUTS, STEPS
-    )  # fmt: skip
+    board = (totals_ptr, states_ptr, rows * D)
+    state = _carried(first, a, add, cut, chunk, inside, board, CUTS, STEPS, IS_AMD)
     h = _apply(a, add, cut, state, CUTS)
     tl.store(h_ptr + b * h_B + t * h_T + d, h.to(h_ptr.dtype.element_ty), mask=here)
     tl.store(h_T_ptr + b * D + d + 0 * step, h, mask=here & (step == T - 1))
@@ -66,7 +66,7 @@ def backward(
     rows, T, D, blocks, x0_B, x0_T, x1_B, x1_T, x2_B, x2_T, dh_B, dh_T, h_B, h_T,
     d0_B, d0_T, d1_B, d1_T, d2_B, d2_T, reset_B, reset_T,
     OP: tl.constexpr, CANDIDATE: tl.constexpr, NORMALIZED: tl.constexpr, REVERSE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr, IS_AMD: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the gates (rows, T, D), and dh0 (rows, D)."""
     S: tl.constexpr = d0_ptr.dtype.element_ty
@@ -92,10 +92,10 @@ def backward(
         p = tl.where(is_first, h0, p)
     # g_t = dh_t + a_{t+1} g_{t+1}, whose first state is dh_T
     dh = tl.load(dh_ptr + b * dh_B + t * dh_T + d, mask=here, other=0.0).to(tl.float32)
-    a_later, _ = coefficients(y0, y1, y0, OP, "identity", NORMALIZED)
+    a_later, _ = coefficients(y0, y1, y0, OP, _IDENTITY, NORMALIZED)
     a_later = tl.where(is_last, 1.0, a_later)
     keep = tl.full([STEPS, 1], 1, tl.int1)
-    CUTS: tl.constexpr = reset_ptr is not None
+    CUTS: tl.constexpr = reset_ptr is not None  # pyright: ignore[reportAssignmentType]
     cut = None
     if CUTS:
         reset_ptr += b * reset_B
@@ -108,9 +108,8 @@ def backward(
     first = tl.load(dh_T_ptr + b * D + d, mask=inside, other=0.0).to(tl.float32)
     totals_ptr += b * D + d
     states_ptr += b * D + d
-    state = _carried(
-        first, a_later, dh, cut, chunk, inside, totals_ptr, states_ptr, rows * D, CUTS, STEPS
-    )  # fmt: skip
+    board = (totals_ptr, states_ptr, rows * D)
+    state = _carried(first, a_later, dh, cut, chunk, inside, board, CUTS, STEPS, IS_AMD)
     g = _apply(a_later, dh, cut, state, CUTS)
     dx0, dx1, dx2, a = derivatives(x0, x1, x2, p, OP, CANDIDATE, NORMALIZED)
     tl.store(d0_ptr + b * d0_B + t * d0_T + d, (g * dx0).to(S), mask=here)
@@ -125,9 +124,10 @@ def backward(
 def _place(counter_ptr, rows, T, D, blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """The row b, channels d (1, BLOCK), chunk and steps (STEPS, 1) of the next program."""
     # in the order in which programs begin, whatever their number
-    program = tl.atomic_add(counter_ptr, 1, sem="relaxed").to(tl.int64)
-    chunk = program // (rows * blocks)
-    b = program // blocks % rows
+    program = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+    # 32 bits until a stride is met: there is no instruction that divides 64
+    chunk = (program // (rows * blocks)).to(tl.int64)
+    b = (program // blocks % rows).to(tl.int64)
     d = program % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     step = chunk * STEPS + tl.arange(0, STEPS)[:, None]
     return b, d, chunk, step, (step < T) & (d < D), d < D
@@ -166,34 +166,35 @@ def _apply(a, b, cut, state, CUTS: tl.constexpr):
 
 @triton.jit
 def _carried(
-    first, a, b, cut, chunk, inside, totals_ptr, states_ptr, stride,
-    CUTS: tl.constexpr, STEPS: tl.constexpr,
+    first, a, b, cut, chunk, inside, board,
+    CUTS: tl.constexpr, STEPS: tl.constexpr, IS_AMD: tl.constexpr,
 ):  # fmt: skip
     """The state that a chunk begins with; what it does itself is told first.
 
     The chunks of a group wait for each other's totals side by side, and only from group to group
     one state waits for another: a chain of T / (STEPS * GROUP) links.
     """
+    totals_ptr, states_ptr, stride = board
     a_all, b_all, cut_all = _last(a, STEPS), _last(b, STEPS), None
     if CUTS:
         cut_all = _last(cut, STEPS)
-    tl.store(totals_ptr + chunk * stride, _pack(a_all, b_all, cut_all, CUTS), mask=inside)
+    _tell(totals_ptr + chunk * stride, a_all, b_all, cut_all, inside, CUTS)
     begin = chunk // GROUP * GROUP
     # (GROUP, BLOCK): the chunks of the group before this one; the others change nothing
     earlier = begin + tl.arange(0, GROUP)[:, None]
     before = inside & (earlier < chunk)
-    a_group, b_group, cut_group = _wait(totals_ptr + earlier * stride, before)
+    a_group, b_group, cut_group = _wait(totals_ptr + earlier * stride, before, IS_AMD)
     a_group, b_group = tl.where(before, a_group, 1.0), tl.where(before, b_group, 0.0)
     a_group, b_group, cut_group = _together(a_group, b_group, cut_group, CUTS)
     state = first
     if begin > 0:
-        _, state, _ = _wait(states_ptr + (begin // GROUP - 1) * stride, inside)
+        _, state, _ = _wait(states_ptr + (begin // GROUP - 1) * stride, inside, IS_AMD)
     if CUTS:
         cut_group = _last(cut_group, GROUP)
     state = _apply(_last(a_group, GROUP), _last(b_group, GROUP), cut_group, state, CUTS)
     if chunk % GROUP == GROUP - 1:
-        told = _pack(a_all, _apply(a_all, b_all, cut_all, state, CUTS), cut_all, CUTS)
-        tl.store(states_ptr + chunk // GROUP * stride, told, mask=inside)
+        after = _apply(a_all, b_all, cut_all, state, CUTS)
+        _tell(states_ptr + chunk // GROUP * stride, a_all, after, cut_all, inside, CUTS)
     return state
 
 
@@ -205,21 +206,33 @@ def _last(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _wait(words_ptr, inside):
+def _tell(words_ptr, a, b, cut, inside, CUTS: tl.constexpr):
+    """Let other programs have two float32, as one word that is never EMPTY."""
+    # NaN of any kind becomes one of them
+    a = tl.where(a == a, a, float("nan")).to(tl.int32, bitcast=True)
+    b = tl.where(b == b, b, float("nan")).to(tl.int32, bitcast=True).to(tl.int64)
+    if CUTS:
+        a = tl.where(cut != 0, CUT, a)
+    word = (a.to(tl.int64) << 32) | (b & 0xFFFFFFFF)
+    tl.atomic_xchg(words_ptr, word, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _wait(words_ptr, inside, IS_AMD: tl.constexpr):
     """What other programs told, as soon as all is there: a, b, and whether there is a reset."""
-    words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
-    while tl.max(tl.max((words == EMPTY).to(tl.int32), axis=1), axis=0) > 0:
-        words = tl.load(words_ptr, mask=inside, other=0, volatile=True)
+    words = _look(words_ptr, inside, IS_AMD)
+    while tl.max(tl.max((words == EMPTY).to(tl.int32), axis=1), axis=0) > 0:  # pyright: ignore[reportOperatorIssue]
+        words = _look(words_ptr, inside, IS_AMD)
     a = (words >> 32).to(tl.int32)
     cut = (a == CUT).to(tl.int32)
     return a.to(tl.float32, bitcast=True), words.to(tl.int32).to(tl.float32, bitcast=True), cut
 
 
 @triton.jit
-def _pack(a, b, cut, CUTS: tl.constexpr):
-    """Two float32 as one word that is never EMPTY: NaN of any kind becomes one of them."""
-    a = tl.where(a == a, a, float("nan")).to(tl.int32, bitcast=True)
-    b = tl.where(b == b, b, float("nan")).to(tl.int32, bitcast=True).to(tl.int64)
-    if CUTS:
-        a = tl.where(cut != 0, CUT, a)
-    return (a.to(tl.int64) << 32) | (b & 0xFFFFFFFF)
+def _look(words_ptr, inside, IS_AMD: tl.constexpr):
+    """The words as they are by now."""
+    if IS_AMD:
+        # Triton's loads from buffers are never volatile there: one would be taken out of the loop
+        words = tl.atomic_add(words_ptr, 0, mask=inside, sem="relaxed")
+        return tl.where(inside, words, 0)
+    return tl.load(words_ptr, mask=inside, other=0, volatile=True)

@@ -64,7 +64,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _lift(f, i, NORMALIZED: tl.constexpr):
-    """What both gates are raised by: far below 0 only f - i counts, and 0/0 is near."""
+    """What raises both gates: normalised, far below 0, only f - i counts, and 0/0 is near."""
     larger = tl.maximum(f, i)
     lift = tl.zeros_like(f)
     if NORMALIZED:
