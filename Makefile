@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 # g++ where CXX is not set
 CXX ?= g++
 
-.PHONY: demo test test-gpu test-slow sanitize lint format figures bench clean
+.PHONY: demo test test-triton test-gpu test-slow sanitize lint format figures bench clean
 
 demo: $(VENV)/ready
 	@test -f runs/plays.txt || { mkdir -p runs && $(BIN)/minrnn data shakespeare runs/plays.txt; }
@@ -26,10 +26,14 @@ test: $(VENV)/ready
 	$(PYTEST) -n 2 -m "not slow" --cov --cov-report=
 	$(PYTEST) -n 2 -m "not slow" --cov --cov-append --cov-fail-under=95 -p tests.without_native \
 	    tests/test_ops.py tests/test_operators.py tests/test_scans.py
-	$(PYTEST) -n 2 -p tests.on_triton \
+	$(PYTEST) -n 2 -p tests.on_triton tests/triton_plans.py
+
+# operators on the GPU's kernels, interpreted on the CPU
+test-triton: $(VENV)/ready
+	$(PYTEST) -n 2 -p tests.on_triton --timeout 3600 \
 	    tests/test_ops.py tests/test_operators.py tests/triton_plans.py
 
-# the operators on a GPU, then what it costs there
+# operators on a GPU
 test-gpu: $(VENV)/ready
 	$(PYTEST) --device cuda tests/test_ops.py tests/test_operators.py tests/test_scans.py
 
