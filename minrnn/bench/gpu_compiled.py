@@ -130,6 +130,8 @@ class Compiled:
     """at a time on a multiprocessor"""
     text: str = ""
     """what was read"""
+    form: str = ""
+    """Triton's own, before it knows of a target"""
 
     @property
     def occupancy(self) -> float:
@@ -169,12 +171,8 @@ def compiled(case: Case, target: str) -> Compiled:
         issued=issued(sass, case.plan),
         programs=resident(LIMITS[target], found["registers"], shared, warps),
         text=sass,
+        form=asm["ttir"],
     )
-
-
-def intermediate(case: Case, target: str) -> str:
-    """Triton's own form of a kernel, before it knows of a target."""
-    return _compile(case, target)[0]["ttir"]
 
 
 def _compile(case: Case, target: str) -> tuple[Any, Any, str]:
@@ -248,19 +246,24 @@ def _aim(operands: str) -> int | None:
     return int(found.group(1), 16) if found else None
 
 
+def loops(sass: str) -> list[list[str]]:
+    """The instructions of each loop: from where a jump back leads to the jump."""
+    found = read_sass(sass)
+    # behind the last one are pieces that were moved out of the way, and jump back into it
+    end = max((at for at, name, _ in found if name == "EXIT"), default=0)
+    jumps = [(_aim(rest), at) for at, name, rest in found if name.startswith("BRA") and at < end]
+    return [
+        [name for at, name, _ in found if first <= at <= last]
+        for first, last in jumps
+        if first is not None and first < last
+    ]
+
+
 def issued(sass: str, plan: str) -> int:
     """The instructions of a warp: of the loop that stores, or of all, each loop run once."""
-    found = read_sass(sass)
     if plan == "chunks":
-        return len(found)
-    loops = []
-    for at, name, rest in found:
-        aim = _aim(rest) if name.startswith("BRA") else None
-        if aim is not None and aim < at:
-            body = [word for where, word, _ in found if aim <= where <= at]
-            if any(word.startswith("STG") for word in body):
-                loops.append(len(body))
-    return max(loops)
+        return len(read_sass(sass))
+    return max(len(body) for body in loops(sass) if any(name.startswith("STG") for name in body))
 
 
 def read_amdgcn(assembly: str) -> dict[str, Any]:

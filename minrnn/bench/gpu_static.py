@@ -5,6 +5,7 @@ interpreter counts their bytes, and both together bound the time on GPUs of know
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -76,6 +77,8 @@ def measure(quick: bool = False, out: Path | None = None) -> int:
     """
     if not gpu.is_installed():
         raise ModuleNotFoundError("triton is missing: pip install 'minrnn[gpu]'")
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise ValueError("TRITON_INTERPRET is set: an interpreted kernel is not compiled; unset it")
     facts = report.describe(NAME, quick)
     print("\n".join([*report.heading(facts), "", "compiled, counted, predicted: not measured"]))
     compiled, counted = _found(quick)
@@ -188,7 +191,7 @@ def _limits(
 
 def _plain(one: "Compiled") -> dict[str, Any]:
     plain = asdict(one)
-    del plain["text"], plain["case"]
+    del plain["text"], plain["form"], plain["case"]
     return {**one.case._asdict(), **plain}
 
 
