@@ -169,29 +169,28 @@ def _carried(
     first, a, b, cut, chunk, inside, board,
     CUTS: tl.constexpr, STEPS: tl.constexpr, IS_AMD: tl.constexpr,
 ):  # fmt: skip
-    """The state that a chunk begins with; what it does itself is told first.
-
-    The chunks of a group wait for each other's totals side by side, and only from group to group
-    one state waits for another: a chain of T / (STEPS * GROUP) links.
-    """
+    """The state that a chunk begins with; what it does itself is told first."""
     totals_ptr, states_ptr, stride = board
     a_all, b_all, cut_all = _last(a, STEPS), _last(b, STEPS), None
+    # first what needs no state: from group to group the way is then one word, not a whole group
+    a_before, b_before = tl.full(first.shape, 1.0, tl.float32), tl.zeros_like(first)
+    cut_before = None
     if CUTS:
-        cut_all = _last(cut, STEPS)
+        cut_all, cut_before = _last(cut, STEPS), tl.zeros(first.shape, tl.int32)
     _tell(totals_ptr + chunk * stride, a_all, b_all, cut_all, inside, CUTS)
     begin = chunk // GROUP * GROUP
-    # (GROUP, BLOCK): the chunks of the group before this one; the others change nothing
-    earlier = begin + tl.arange(0, GROUP)[:, None]
-    before = inside & (earlier < chunk)
-    a_group, b_group, cut_group = _wait(totals_ptr + earlier * stride, before, IS_AMD)
-    a_group, b_group = tl.where(before, a_group, 1.0), tl.where(before, b_group, 0.0)
-    a_group, b_group, cut_group = _together(a_group, b_group, cut_group, CUTS)
+    for earlier in range(begin, chunk):
+        a_next, b_next, cut_next = _wait(totals_ptr + earlier * stride, inside, IS_AMD)
+        if CUTS:
+            a_before, b_before, cut_before = _join_cut(
+                a_before, b_before, cut_before, a_next, b_next, cut_next
+            )
+        else:
+            a_before, b_before = _join(a_before, b_before, a_next, b_next)
     state = first
     if begin > 0:
         _, state, _ = _wait(states_ptr + (begin // GROUP - 1) * stride, inside, IS_AMD)
-    if CUTS:
-        cut_group = _last(cut_group, GROUP)
-    state = _apply(_last(a_group, GROUP), _last(b_group, GROUP), cut_group, state, CUTS)
+    state = _apply(a_before, b_before, cut_before, state, CUTS)
     if chunk % GROUP == GROUP - 1:
         after = _apply(a_all, b_all, cut_all, state, CUTS)
         _tell(states_ptr + chunk // GROUP * stride, a_all, after, cut_all, inside, CUTS)
@@ -199,9 +198,9 @@ def _carried(
 
 
 @triton.jit
-def _last(x, ROWS: tl.constexpr):
+def _last(x, STEPS: tl.constexpr):
     """The last row, (1, BLOCK)."""
-    is_last = tl.arange(0, ROWS)[:, None] == ROWS - 1
+    is_last = tl.arange(0, STEPS)[:, None] == STEPS - 1
     return tl.sum(tl.where(is_last, x, 0), axis=0, keep_dims=True)
 
 
