@@ -35,7 +35,7 @@ test-triton: $(VENV)/ready
 
 # operators on a GPU
 test-gpu: $(VENV)/ready
-	$(PYTEST) --device cuda tests/test_ops.py tests/test_operators.py tests/test_scans.py
+	$(PYTEST) --device cuda tests/test_ops.py tests/test_operators.py
 
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow --timeout 3600

@@ -10,7 +10,7 @@ import torch
 import minrnn
 from minrnn import checkpoint
 from minrnn.data import text as text_data
-from minrnn.ops.operators import OPERATORS
+from minrnn.ops.operators import NAMES
 from minrnn.runs import decisions
 from minrnn.runs import text as text_runs
 
@@ -24,8 +24,7 @@ def kernels() -> dict[str, dict[str, str]]:
         >>> kernels()["CPU"]["scan"] in ("pure torch", "compiled")
         True
     """
-    operators = [*(op.name for op in OPERATORS), "selective_scan"]
-    names = [f"{name}{suffix}" for name in operators for suffix in ("", "_backward")]
+    names = [*NAMES, "selective_scan", "selective_scan_backward"]
     return {device: {name: _kernel(name, device) for name in names} for device in _DEVICES}
 
 

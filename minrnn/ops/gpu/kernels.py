@@ -130,8 +130,7 @@ def _fused_backward(
     *options, time_first, reset, cu_seqlens, reverse = rest
     grad = torch.empty_like(gates, memory_format=torch.contiguous_format)
     dh, gates, h, reset, own = (_swap(x, time_first) for x in (dh, gates, h, reset, grad))
-    pairs = (x.chunk(num, dim=2) for x in (gates, own))
-    x, d = pairs
+    x, d = (each.chunk(num, dim=2) for each in (gates, own))
     layout = (reset, cu_seqlens, reverse)
     *_, dh0 = _backward(name, dh, dh_T, x, h0, h, options, layout, d)
     return grad, dh0
