@@ -130,6 +130,6 @@ _RL = TrainConfig(
 RL_RECIPES: dict[RlRecipeName, RlConfig] = {
     "paper": RlConfig(recipe="paper", train=_RL),
     "cpu": RlConfig(
-        train=replace(_RL, steps=5000, warmup_steps=500, min_learning_rate=1e-5, eval_every=500)
+        train=replace(_RL, steps=2000, warmup_steps=200, min_learning_rate=1e-5, eval_every=500)
     ),
 }
