@@ -171,7 +171,7 @@ def test_efficiency_measures_every_length_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(efficiency, "CONTEXTS", (1, 8))
     monkeypatch.setattr(efficiency, "BATCHES", (1,))
     monkeypatch.setattr(efficiency, "_CHECKED", (2, 8, efficiency.WIDTH))
-    monkeypatch.setattr(efficiency, "_peak", lambda name, shape: 1.0)
+    monkeypatch.setattr(efficiency, "_told", lambda what, name, shape: 1.0)
     where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     command = ["reproduce", "efficiency", *where, "--batch-size", "2", "--seconds", "0"]
     assert cli.main(command) == 0
@@ -188,6 +188,27 @@ def test_efficiency_measures_every_length_once(tmp_path, monkeypatch) -> None:
     assert figures["commit"] == "later"
     assert figures["training"]["8"] == first
     assert first["commit"] != "later"
+
+
+@pytest.mark.parametrize("what", ["peak", "time"])
+def test_long_steps_are_measured_in_processes_of_their_own(what, capsys) -> None:
+    report = {"peak": efficiency.report_peak, "time": efficiency.report_time}[what]
+    report("minGRU", (2, 4096, 64), torch.get_num_threads())
+    # megabytes of gates, states and their gradients; seconds
+    assert 0 < json.loads(capsys.readouterr().out) < 100
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch) -> None:
+    def told(what: str, name: str, shape: tuple[int, int, int]) -> float:
+        if name == "Mamba":
+            raise OSError("it said nothing")
+        return 2.0
+
+    monkeypatch.setattr(efficiency, "_told", told)
+    monkeypatch.setattr(efficiency, "_check", lambda subject: None)
+    found = efficiency._training(65536, efficiency.EfficiencyConfig())
+    assert set(found) == {"minGRU", "minLSTM", "nn.GRU", "nn.LSTM"}
+    assert found["minGRU"] == {"ms": 2000.0, "low": 2000.0, "high": 2000.0, "MB": 2.0}
 
 
 def test_page_holds_all_results(small_copying, tmp_path, capsys) -> None:

@@ -1,6 +1,8 @@
 """Time and memory over length: the paper's first figure, with torch's own layers in it as well."""
 
+import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from minrnn.bench import layer, measure, memory, peers
-from minrnn.bench.measure import Call
+from minrnn.bench.measure import Call, Turn
 from minrnn.configs import check_fields
 from minrnn.experiments import results
 from minrnn.experiments.results import TextTable
@@ -25,7 +27,11 @@ LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 65536)
 CONTEXTS, BATCHES = (1, 64, 256, 1024, 4096), (1, 64)
 # a length at which each is held to its equation, before anything is timed
 _CHECKED = (2, 64, WIDTH)
-_SCRIPT = "from minrnn.experiments import efficiency as e; e.report_peak({name!r}, {shape}, {n})"
+_SCRIPT = "from minrnn.experiments import efficiency as e; e.report_{what}({name!r}, {shape}, {n})"
+# above it a step may take most of the memory: each is timed in processes of its own, so often
+_TOGETHER, _ROUNDS = 4096, 3
+# seconds
+_LONG = 10.0
 
 
 @dataclass(frozen=True)
@@ -147,26 +153,30 @@ def _training(T: int, config: EfficiencyConfig) -> dict[str, dict[str, float]]:
     Memory goes first, in a process of its own: what does not survive that is left out.
     """
     shape = (config.batch_size, T, WIDTH)
-    x, dh = layer.inputs(shape)
-    x.requires_grad_()
-    calls: dict[str, Call] = {}
     peaks: dict[str, float] = {}
     for subject in (one for one in SUBJECTS if one.longest >= T):
         _check(subject)
-        try:
-            peaks[subject.name] = _peak(subject.name, shape)
-        except OSError:
-            continue
-        calls[subject.name] = _call(subject, x, dh)
-    timings = measure.interleave(calls, config.seconds)
+        with contextlib.suppress(OSError):
+            peaks[subject.name] = _told("peak", subject.name, shape)
+    if T > _TOGETHER:
+        rounds = [
+            {name: Turn(_told("time", name, shape)) for name in peaks} for _ in range(_ROUNDS)
+        ]
+        timings = {name: measure.summarize([turns[name] for turns in rounds]) for name in peaks}
+    else:
+        x, dh = layer.inputs(shape)
+        x.requires_grad_()
+        subjects = [one for one in SUBJECTS if one.name in peaks]
+        calls = {subject.name: _call(subject, x, dh) for subject in subjects}
+        timings = measure.interleave(calls, config.seconds)
     return {
         name: {
-            "ms": 1e3 * time.median,
-            "low": 1e3 * time.low,
-            "high": 1e3 * time.high,
+            "ms": 1e3 * timing.median,
+            "low": 1e3 * timing.low,
+            "high": 1e3 * timing.high,
             "MB": peaks[name],
         }
-        for name, time in timings.items()
+        for name, timing in timings.items()
     }
 
 
@@ -189,14 +199,42 @@ def _call(subject: Subject, x: Tensor, dh: Tensor) -> Call:
     return Call(both)
 
 
-def _peak(name: str, shape: tuple[int, int, int]) -> float:
-    return memory.told(_SCRIPT.format(name=name, shape=shape, n=torch.get_num_threads()))
+def _told(what: str, name: str, shape: tuple[int, int, int]) -> float:
+    """The peak or the time of a step, from a process of its own.
+
+    Raises:
+        OSError: that process failed, e.g. for want of memory.
+    """
+    return memory.told(_SCRIPT.format(what=what, name=name, shape=shape, n=torch.get_num_threads()))
 
 
 def report_peak(name: str, shape: tuple[int, int, int], threads: int) -> None:
     """Print the megabytes of a training step; run in a fresh process."""
+    memory.report_peak_of(_subject(name).build, shape, threads)
+
+
+def report_time(name: str, shape: tuple[int, int, int], threads: int) -> None:
+    """Print the seconds of a training step; run in a fresh process.
+
+    The second of two, unless the first takes so long that what it begins with matters little.
+    """
+    torch.set_num_threads(threads)
+    x, dh = layer.inputs(shape)
+    x.requires_grad_()
+    call = _call(_subject(name), x, dh)
+    seconds = 0.0
+    for _ in range(2):
+        begun = time.perf_counter()
+        call.run()
+        seconds = time.perf_counter() - begun
+        if seconds > _LONG:
+            break
+    print(json.dumps(seconds))
+
+
+def _subject(name: str) -> Subject:
     [subject] = [one for one in SUBJECTS if one.name == name]
-    memory.report_peak_of(subject.build, shape, threads)
+    return subject
 
 
 @torch.no_grad()
