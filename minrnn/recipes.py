@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from minrnn.configs import check_fields
-from minrnn.data.tokenizers import Kind
+from minrnn.data.tokenizers import Kind, bpe_size
 from minrnn.decision import DecisionConfig
 from minrnn.models import ModelConfig
 from minrnn.train_config import TrainConfig
@@ -29,7 +29,7 @@ class TextConfig:
     out: Path | None = None
     """The run folder to make; None takes the first free one of runs/RECIPE, runs/RECIPE-2, ..."""
     tokenizer: Kind = "characters"
-    """What a symbol is."""
+    """What a symbol is: characters, bytes, or bpe:V for V pieces of words, e.g. bpe:4096."""
     context: int = 256
     """Symbols in a training window."""
     valid_fraction: float = 0.1
@@ -41,6 +41,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        bpe_size(self.tokenizer)
         if self.model.vocab_size:
             raise ValueError(f"`vocab_size` is that of the text, got {self.model.vocab_size}")
         if self.context < 1:

@@ -150,7 +150,7 @@ def test_unknown_characters_are_named() -> None:
         known.encode("abé")
     with pytest.raises(ValueError, match="each character once, got 'aa'"):
         Characters("aa")
-    with pytest.raises(ValueError, match="must be of kind 'characters' or 'bytes'"):
+    with pytest.raises(ValueError, match="must be of kind 'characters', 'bytes' or 'bpe'"):
         tokenizers.from_json({"kind": "words"})
 
 

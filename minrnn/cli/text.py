@@ -75,15 +75,17 @@ def evaluate_text(
             raise ValueError(f"{run} was saved without a tokenizer")
         windows = corpus.windows(context, batch_size)
         loss = evaluate(model.to(device_of(device)), losses.next_symbol, windows)
-        size = corpus.num_tokens - corpus.num_train - 1
+        size, num_bytes = corpus.num_tokens - corpus.num_train - 1, corpus.num_bytes("valid")
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}: the model's weights are broken")
     figures = {"loss": loss, "bits": loss / math.log(2), "perplexity": math.exp(min(loss, 700))}
+    figures["bits_per_byte"] = figures["bits"] * size / num_bytes
     if not sys.stdout.isatty():
         print(json.dumps(figures | {"symbols": size, "context": context}))
         return 0
     print(
         f"{loss:.4f} nats, {figures['bits']:.4f} bits per symbol, "
+        f"{figures['bits_per_byte']:.4f} bits per byte, "
         f"perplexity {figures['perplexity']:.2f}, over {size:,} symbols in windows of {context}"
     )
     return 0

@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minrnn.data import tokenizers
+from minrnn.data import bpe, tokenizers
 from minrnn.data.batch import Batch
+from minrnn.data.bpe import BPE
 from minrnn.data.tokenizers import Bytes, Characters, Kind, Tokenizer
 from minrnn.files import remove_leftovers, replacing, write_atomically
 
@@ -47,6 +48,12 @@ class Corpus:
         everything = np.memmap(self.folder / "tokens.bin", dtype, "r", shape=(self.num_tokens,))
         train = split == "train"
         return everything[: self.num_train] if train else everything[self.num_train :]
+
+    def num_bytes(self, split: Split) -> int:
+        """The bytes of UTF-8 that the symbols of one part stand for, its first left out."""
+        tokens, lengths = self.tokens(split)[1:], self.tokenizer.byte_lengths
+        blocks = range(0, len(tokens), _BLOCK)
+        return sum(int(lengths[tokens[n : n + _BLOCK]].sum()) for n in blocks)
 
     def check_windows(self, context: int) -> None:
         """Each part is long enough for windows of `context` symbols and the one after them.
@@ -108,15 +115,17 @@ def build(
         source: a UTF-8 file, or a folder whose files are read in the order of their paths (hidden
             ones left out), each ending in a line break.
         folder: where to write; made if missing.
-        tokenizer: "characters", whose vocabulary is then taken from the text; "bytes"; or one that
-            exists already.
+        tokenizer: "characters", whose vocabulary is then taken from the text; "bytes"; "bpe:V",
+            whose V symbols are learnt from the training part; or one that exists already.
         valid_fraction: the last part of the text is for validation, 0 < valid_fraction <= 1.
         progress: told the bytes read so far and in all.
 
     Raises:
         FileNotFoundError: there is no `source`.
-        ValueError: it is empty, is not UTF-8 (characters), holds a character that the given
-            tokenizer does not know, or `valid_fraction` is out of range.
+        ValueError: it is empty, is not UTF-8 (characters, bpe), holds a character that the given
+            tokenizer does not know, `valid_fraction` is out of range, or there is no such
+            tokenizer.
+        ModuleNotFoundError: "bpe:V" needs the package tokenizers.
     """
     if not 0 < valid_fraction <= 1:
         raise ValueError(f"`valid_fraction` must be in (0, 1], got {valid_fraction}")
@@ -126,16 +135,16 @@ def build(
         raise ValueError(f"`data` must hold text, {source} is empty")
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    if tokenizer == "bytes":
-        tokenizer = Bytes()
-    elif tokenizer == "characters":
-        tokenizer = Characters(_vocabulary(files, lambda done: progress(done // 2, total)))
+    if isinstance(tokenizer, str):
+        num_train = int(total * (1 - valid_fraction))
+        tokenizer = _made(tokenizer, files, num_train, lambda done: progress(done // 2, total))
     if isinstance(tokenizer, Bytes):
         blocks = _bytes(files, lambda done: progress(done, total))
         ids = (np.frombuffer(block, dtype=np.uint8) for _, _, block in blocks)
     else:
         blocks = _characters(files, lambda done: progress((total + done) // 2, total))
-        ids = (tokenizer.encode(block) for block in blocks)
+        whole = isinstance(tokenizer, BPE)
+        ids = tokenizer.encode_blocks(blocks) if whole else map(tokenizer.encode, blocks)
     num_tokens, digest = 0, hashlib.sha256()
     with replacing(folder / "tokens.bin") as file:
         for block in ids:
@@ -248,6 +257,26 @@ def _characters(files: list[Path], progress: Callable[[int], None]) -> Iterator[
                 f"offset {offset - begun + error.start} ({error.reason}); the tokenizer 'bytes' "
                 "accepts it"
             ) from error
+
+
+def _beginning(blocks: Iterator[str], size: int) -> Iterator[str]:
+    """The first `size` bytes of the text; a character that they cut in two is left out."""
+    for block in blocks:
+        content = block.encode("utf-8")
+        yield content[:size].decode("utf-8", errors="ignore")
+        size -= len(content)
+        if size <= 0:
+            return
+
+
+def _made(
+    kind: Kind, files: list[Path], num_train: int, progress: Callable[[int], None]
+) -> Tokenizer:
+    """The tokenizer `kind`, from the text; BPE from its first `num_train` bytes."""
+    size = tokenizers.bpe_size(kind)
+    if size:
+        return bpe.learn(_beginning(_characters(files, progress), num_train), size)
+    return Bytes() if kind == Bytes.kind else Characters(_vocabulary(files, progress))
 
 
 def _vocabulary(files: list[Path], progress: Callable[[int], None]) -> str:

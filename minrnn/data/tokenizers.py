@@ -1,12 +1,15 @@
-"""Characters or bytes to ids and back."""
+"""Characters, bytes or pairs of them to ids and back."""
 
 import codecs
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-Kind = Literal["characters", "bytes"]
+from minrnn.data.bpe import BPE
+
+# what a person asks for: "characters", "bytes", or "bpe:V"
+Kind = str
 
 
 class Characters:
@@ -24,7 +27,7 @@ class Characters:
         ([2, 0, 1], 'cab')
     """
 
-    kind: Kind = "characters"
+    kind = "characters"
 
     def __init__(self, vocabulary: str) -> None:
         if not vocabulary or len(set(vocabulary)) < len(vocabulary):
@@ -39,6 +42,11 @@ class Characters:
     def vocab_size(self) -> int:
         """The number of symbols, V."""
         return len(self.vocabulary)
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """The bytes of UTF-8 that each symbol stands for, (V,) int64."""
+        return np.array([len(c.encode("utf-8", "surrogatepass")) for c in self.vocabulary])
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, (T,) int64.
@@ -81,8 +89,13 @@ class Bytes:
         'né'
     """
 
-    kind: Kind = "bytes"
+    kind = "bytes"
     vocab_size = 256
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """One byte for each symbol, (V,) int64."""
+        return np.ones(self.vocab_size, dtype=np.int64)
 
     def encode(self, text: str) -> np.ndarray:
         """The bytes of `text`, (T,) int64."""
@@ -104,7 +117,29 @@ class Bytes:
         return {"kind": self.kind}
 
 
-Tokenizer = Characters | Bytes
+Tokenizer = Characters | Bytes | BPE
+
+
+def bpe_size(kind: str) -> int:
+    """V of "bpe:V"; 0 for "characters" and "bytes".
+
+    Raises:
+        ValueError: `kind` is none of these, or V is not above the 256 bytes.
+
+    Example:
+        >>> bpe_size("bpe:4096"), bpe_size("bytes")
+        (4096, 0)
+    """
+    if kind in (Characters.kind, Bytes.kind):
+        return 0
+    name, _, size = kind.partition(":")
+    # str.isdigit alone would take what int does not
+    if name == BPE.kind and size.isascii() and size.isdigit() and int(size) > Bytes.vocab_size:
+        return int(size)
+    raise ValueError(
+        f"`tokenizer` must be 'characters', 'bytes' or 'bpe:V' with V > {Bytes.vocab_size} "
+        f"symbols, got {kind!r}"
+    )
 
 
 def from_json(saved: Any) -> Tokenizer:
@@ -117,7 +152,15 @@ def from_json(saved: Any) -> Tokenizer:
         return Bytes()
     if isinstance(saved, dict) and isinstance(saved.get("vocabulary"), str):
         return Characters(saved["vocabulary"])
-    raise ValueError(f"`tokenizer` must be of kind 'characters' or 'bytes', got {saved!r:.200}")
+    if isinstance(saved, dict) and saved.get("kind") == "bpe" and _are_texts(saved.get("merges")):
+        return BPE(saved["merges"])
+    raise ValueError(
+        f"`tokenizer` must be of kind 'characters', 'bytes' or 'bpe', got {saved!r:.200}"
+    )
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _code_points(text: str) -> np.ndarray:
