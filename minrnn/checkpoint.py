@@ -31,9 +31,11 @@ from minrnn.decision import DecisionConfig, DecisionModel
 from minrnn.files import write_atomically
 from minrnn.models import LanguageModel, ModelConfig
 
-_FORMAT = "minrnn.run/1"
+FORMAT = "minrnn.run/1"
 WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
+# what opens a language model by `transformers.AutoModelForCausalLM`: see `minrnn.hf`
+_FOR_TRANSFORMERS = {"model_type": "minrnn", "architectures": ["MinRNNForCausalLM"]}
 
 
 class SaveError(OSError):
@@ -70,13 +72,7 @@ def save(
         >>> load(folder).model.config.width
         8
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"cannot write the folder {folder}: {error.strerror}") from error
-    if (folder / _CONFIG).is_file() and {"text", "trajectories"} & set(read_config(folder)):
-        raise ValueError(f"`folder` must not hold a training, {folder} does")
+    folder = make_folder(folder)
     kind = "model" if isinstance(model, LanguageModel) else "decision_model"
     notes: dict[str, Any] = {kind: dataclasses.asdict(model.config)}
     if tokenizer is not None:
@@ -84,6 +80,23 @@ def save(
     # the weights first: they are all that `load` reads of the two
     write_tensors(folder / WEIGHTS, model.state_dict(), notes)
     write_config(folder, notes)
+
+
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make `folder` if it is missing, for a model alone to be written to.
+
+    Raises:
+        SaveError: it cannot be made.
+        ValueError: a training has its run in it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot write the folder {folder}: {error.strerror}") from error
+    if (folder / _CONFIG).is_file() and {"text", "trajectories"} & set(read_config(folder)):
+        raise ValueError(f"`folder` must not hold a training, {folder} does")
+    return folder
 
 
 def load(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -171,7 +184,8 @@ def read_decision_config(fields: Mapping[str, Any]) -> DecisionConfig:
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `config.json`."""
-    content = json.dumps({"format": _FORMAT} | dict(config), ensure_ascii=False, indent=1)
+    known = {"format": FORMAT} | (_FOR_TRANSFORMERS if "model" in config else {})
+    content = json.dumps(known | dict(config), ensure_ascii=False, indent=1)
     _write(folder / _CONFIG, (content + "\n").encode("utf-8"))
 
 
@@ -189,8 +203,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise ValueError(f"{folder} is not a run folder: {path} has no format {_FORMAT!r}")
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{folder} is not a run folder: {path} has no format {FORMAT!r}")
     return config
 
 
@@ -201,7 +215,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
         SaveError: the folder cannot be written to, or the disk is full; the old file stays.
     """
     plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    metadata = {"format": _FORMAT, "notes": json.dumps(notes, sort_keys=True)}
+    metadata = {"format": FORMAT, "notes": json.dumps(notes, sort_keys=True)}
     metadata["sha256"] = _digest(plain, metadata["notes"])
     _write(path, serialize(plain, metadata=metadata))
 
@@ -222,8 +236,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path} must have format {_FORMAT!r}, got {metadata.get('format')!r}")
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} must have format {FORMAT!r}, got {metadata.get('format')!r}")
     if _digest(tensors, metadata.get("notes", "")) != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged: its content does not fit its checksum")
     return tensors, json.loads(metadata["notes"])

@@ -29,7 +29,7 @@ STOREYS = [
     {"collecting"},
     {"runs"},
     {"info"},
-    {"bench"},
+    {"bench", "hf"},
     {"experiments"},
     {"cli"},
     {"__main__"},
