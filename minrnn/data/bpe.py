@@ -4,12 +4,13 @@ import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-# characters of a text that are read at a time: bounds the memory of a long one
-_PIECE = 1 << 18
+# characters of a text that are read at a time, and how many times side by side: bounds the memory
+_PIECE, _AT_ONCE = 1 << 16, 16
 
 
 class BPE:
@@ -70,8 +71,10 @@ class BPE:
 
     def encode_blocks(self, blocks: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of the text that `blocks` are when put together, however they cut it."""
-        for piece in _pieces(blocks):
-            yield np.array(self.fast.encode(piece).ids, dtype=np.int64)
+        pieces = _pieces(blocks)
+        while group := list(islice(pieces, _AT_ONCE)):
+            for piece in self.fast.encode_batch_fast(group):
+                yield np.array(piece.ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
