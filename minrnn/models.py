@@ -1,8 +1,9 @@
 """Whole models, and the configuration that is saved beside their weights."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -142,6 +143,24 @@ class Blocks(nn.ModuleList):
             name = str(number)
             x, states[name] = block(x, None if state is None else state.inner(name))
         return x, State(states)
+
+
+class TextModel(Protocol):
+    """What reads symbols and predicts the next: a `LanguageModel`, or one packed for inference."""
+
+    config: ModelConfig
+
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first symbol."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """At least one, which says on what device the model is."""
+        ...
+
+    def __call__(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Logits (B, T, V) behind each of `ids` (B, T), and the next state."""
+        ...
 
 
 class LanguageModel(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 
 from minrnn.models import ModelConfig
 from minrnn.recipes import TextConfig
-from minrnn.stream import Sampling
+from minrnn.sampling import Sampling
 from minrnn.train_config import TrainConfig
 
 

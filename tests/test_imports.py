@@ -16,7 +16,7 @@ PACKAGE = Path(minrnn.__file__).parent
 # storeys from the bottom up: a module imports from its own storey or from those below
 STOREYS = [
     {"ops", "files", "configs"},
-    {"state", "onnx"},
+    {"state", "onnx", "sampling"},
     {"layers"},
     {"mixers"},
     {"blocks"},
@@ -24,7 +24,8 @@ STOREYS = [
     {"decision"},
     {"data", "losses"},
     {"checkpoint", "tasks", "train_config"},
-    {"train", "stream", "interrupts"},
+    {"train", "stream", "interrupts", "packing"},
+    {"serve"},
     {"plots", "progress", "recipes", "acting"},
     {"collecting"},
     {"runs"},

@@ -9,7 +9,8 @@ import torch
 import minrnn
 from minrnn import stream
 from minrnn.data.tokenizers import Bytes, Characters
-from minrnn.stream import Sampling, Stream, generate, sample, until
+from minrnn.sampling import Sampling, draw
+from minrnn.stream import StopText, Stream, generate, until
 
 LETTERS = Characters("abcde\n")
 
@@ -60,7 +61,7 @@ def test_a_stream_forks(model) -> None:
 def test_sampling_follows_the_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(20_000, 4)
     random = torch.Generator().manual_seed(0)
-    drawn = sample(logits, Sampling(temperature=0.5), random)
+    drawn = draw(logits, [Sampling(temperature=0.5)] * 20_000, [random] * 20_000)
     found = torch.bincount(drawn, minlength=4) / len(drawn)
     torch.testing.assert_close(found, (logits[0] / 0.5).softmax(0), rtol=0, atol=0.01)
 
@@ -82,8 +83,35 @@ def test_sampling_follows_the_probabilities() -> None:
 )
 def test_filters_keep_the_likeliest(sampling: Sampling, allowed: set[int]) -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(2_000, 4)
-    drawn = sample(logits, sampling, torch.Generator().manual_seed(0))
+    drawn = draw(logits, [sampling] * 2_000, [torch.Generator().manual_seed(0)] * 2_000)
     assert set(drawn.tolist()) == allowed
+
+
+def test_no_row_depends_on_the_others() -> None:
+    samplings = [
+        Sampling(),
+        Sampling(temperature=0),
+        Sampling(temperature=0.3, top_k=3),
+        Sampling(top_p=0.5),
+        Sampling(temperature=2.0, top_k=5, top_p=0.9),
+    ]
+    logits = 3 * torch.randn(5, 50)
+
+    def random() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in range(5)]
+
+    together, alone = random(), random()
+    for _ in range(40):
+        rows = [draw(logits[[n]], [samplings[n]], [alone[n]]) for n in range(5)]
+        assert draw(logits, samplings, together).tolist() == torch.cat(rows).tolist()
+
+
+def test_the_first_complete_stop_text_ends() -> None:
+    text = StopText(["wxyz", "xy", "q"])
+    assert [text.push(piece) for piece in ("aw", "x", "yz")] == ["a", "", "w"]
+    assert text.found
+    assert text.push("more") == text.rest() == ""
+    assert StopText([]).push("all of it") == "all of it"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +169,7 @@ def test_wrong_arguments_are_named(model) -> None:
         with pytest.raises(ValueError, match=message):
             Sampling(**fields)
     with pytest.raises(ValueError, match="`logits` must be finite"):
-        sample(torch.tensor([0.0, float("nan")]), Sampling(), torch.Generator())
+        draw(torch.tensor([[0.0, float("nan")]]), [Sampling()], [torch.Generator()])
     with pytest.raises(ValueError, match="`length` must be >= 0, got -1"):
         generate(model, LETTERS, "a", length=-1)
     with pytest.raises(ValueError, match="`stop` must be a text, got an empty one"):

@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 from tyro.conf import OmitArgPrefixes
 
-from minrnn.cli import bench, reproduce, rl, runs, text
+from minrnn.cli import bench, reproduce, rl, runs, serve, text
 from minrnn.recipes import RECIPES, RL_RECIPES, RecipeName, RlConfig, RlRecipeName, TextConfig
 from minrnn.train import NonFiniteLossError
 
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": runs.resume_run,
     "eval": text.evaluate_text,
     "generate": text.generate_text,
+    "serve": serve.serve_run,
     "data shakespeare": text.write_plays,
     "data tiny-shakespeare": text.write_tiny_shakespeare,
     "data rl info": rl.show_trajectories,

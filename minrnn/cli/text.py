@@ -15,9 +15,11 @@ from minrnn.data import text as text_data
 from minrnn.data.tokenizers import Characters
 from minrnn.files import write_atomically
 from minrnn.models import LanguageModel
+from minrnn.packing import pack_model
 from minrnn.recipes import TextConfig
 from minrnn.runs import text as text_runs
-from minrnn.stream import Sampling, generate
+from minrnn.sampling import Sampling
+from minrnn.stream import generate
 from minrnn.train import evaluate
 
 
@@ -108,11 +110,11 @@ def generate_text(
         stop: end before this text appears.
         device: where to compute; auto for a GPU if there is one.
     """
-    model, tokenizer = checkpoint.load(run)
+    loaded, tokenizer = checkpoint.load(run)
     if tokenizer is None:
         raise ValueError(f"{run} was saved without a tokenizer")
-    assert isinstance(model, LanguageModel)
-    model = model.to(device_of(device))
+    assert isinstance(loaded, LanguageModel)
+    model = pack_model(loaded.to(device_of(device)))
     if prompt is None:
         known = tokenizer.vocabulary if isinstance(tokenizer, Characters) else "\n"
         prompt = "\n" if "\n" in known else known[0]

@@ -1,0 +1,115 @@
+"""How the next symbol is drawn: from probabilities and one uniform number, each row by itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minrnn.configs import check_fields
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next symbol is drawn from the logits.
+
+    Filters apply in this order: temperature, top-k, top-p.
+
+    Raises:
+        ValueError: a field is out of range.
+        TypeError: a field has another type.
+    """
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest symbol always."""
+    top_k: int = 0
+    """Draw from the k likeliest symbols only; 0 for all."""
+    top_p: float = 1.0
+    """Draw from the likeliest symbols that together reach this probability."""
+    seed: int | None = None
+    """Of the draws; None draws differently each time."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` must be >= 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"`top_k` must be >= 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"`seed` must be in [0, 2^63), got {self.seed}")
+
+    def generator(self) -> torch.Generator:
+        """The source of a text's uniform numbers, one for each symbol; it stands on the CPU."""
+        random = torch.Generator()
+        if self.seed is None:
+            random.seed()
+        else:
+            random.manual_seed(self.seed)
+        return random
+
+
+def draw(
+    logits: Tensor, samplings: Sequence[Sampling], random: Sequence[torch.Generator]
+) -> Tensor:
+    """Draw one symbol for each row; no row depends on the others.
+
+        symbol = min {i: p_1 + ... + p_i > u},  u uniform in [0, 1)
+
+    Args:
+        logits: (B, V), before the softmax.
+        samplings: B of them; their seeds are not used.
+        random: B generators on the CPU; each gives one number.
+
+    Returns:
+        (B,) int64, on the CPU.
+
+    Raises:
+        ValueError: the logits are not finite.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 5.0, 1.0]])
+        >>> draw(logits, [Sampling(temperature=0)], [torch.Generator()]).tolist()
+        [1]
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("`logits` must be finite: the model's weights are broken")
+    # float64, and a GPU's generators would draw other numbers
+    logits = logits.detach().to("cpu", torch.float64)
+    u = torch.stack([torch.rand((), dtype=torch.float64, generator=one) for one in random])
+    likeliest = logits.argmax(dim=-1)
+    rows = [row for row, one in enumerate(samplings) if one.temperature > 0]
+    if not rows:
+        return likeliest
+    chosen = [samplings[row] for row in rows]
+    probabilities = _filtered(logits[rows], chosen)
+    # (R, V), rising; the last one is about 1
+    sums = probabilities.cumsum(dim=-1)
+    drawn = torch.searchsorted(sums, u[rows, None] * sums[:, -1:], right=True)[:, 0]
+    return likeliest.index_copy(0, torch.tensor(rows), drawn)
+
+
+def _filtered(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Probabilities (R, V), 0 for what the filters leave out; not normalised again."""
+    smallest = torch.finfo(logits.dtype).tiny
+    temperatures = logits.new_tensor([[max(one.temperature, smallest)] for one in samplings])
+    # the largest is 0, so that a small temperature overflows to -inf only
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    probabilities = (logits / temperatures).softmax(dim=-1)
+    V = logits.shape[-1]
+    rows = [n for n, one in enumerate(samplings) if 0 < one.top_k < V or one.top_p < 1]
+    if not rows:
+        return probabilities
+    chosen = [samplings[row] for row in rows]
+    ks = torch.tensor([[one.top_k or V] for one in chosen])
+    ps = logits.new_tensor([[one.top_p] for one in chosen])
+    ordered, order = probabilities[rows].sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.masked_fill(torch.arange(V) >= ks, 0.0)
+    ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+    # a symbol stays if those before it have not reached top_p yet; the first one always stays
+    before = ordered.cumsum(dim=-1) - ordered
+    before[:, 0] = -1.0
+    ordered = ordered.masked_fill(before >= ps, 0.0)
+    kept = torch.zeros_like(ordered).scatter(-1, order, ordered)
+    return probabilities.index_copy(0, torch.tensor(rows), kept)

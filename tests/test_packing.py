@@ -1,0 +1,161 @@
+"""Packed weights: the same model, and no row depends on the others, to the bit."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import minrnn
+from minrnn.ops.rows import linear_rows, pack
+from minrnn.packing import PackedWeight, num_weight_bytes, pack_model
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 5), (32, 64), (33, 7), (100, 96), (513, 300)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_packed_product_is_the_product(shape, dtype) -> None:
+    N, K = shape
+    weight, bias = torch.randn(N, K), torch.randn(N)
+    packed = pack(weight, dtype)
+    rounded = weight.to(torch.bfloat16).double() if dtype == "bfloat16" else weight.double()
+    if dtype == "int8":
+        scale = weight.abs().amax(1, keepdim=True).double() / 127
+        rounded = (weight / scale.float()).round().double() * scale
+        assert (rounded - weight).abs().max() <= 0.5001 * scale.max()
+    for M in (1, 2, 3, 4, 5, 9):
+        x = torch.randn(M, K)
+        expected = F.linear(x.double(), rounded, bias.double())
+        # a sum of K products in float32
+        tolerance = 1e-6 * K**0.5 * (1 + rounded.abs().max().item())
+        torch.testing.assert_close(
+            linear_rows(x, packed, bias).double(), expected, rtol=1e-5, atol=tolerance
+        )
+        torch.testing.assert_close(linear_rows(x, packed), linear_rows(x, packed, 0 * bias))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_no_row_of_a_product_depends_on_the_others(dtype) -> None:
+    packed, x = pack(torch.randn(200, 130), dtype), torch.randn(70, 130)
+    whole = linear_rows(x, packed)
+    threads = torch.get_num_threads()
+    try:
+        for torch_threads in (1, 2):
+            torch.set_num_threads(torch_threads)
+            for M in (1, 2, 3, 4, 5, 8, 33, 69):
+                rows = torch.randperm(70)[:M]
+                assert torch.equal(linear_rows(x[rows], packed), whole[rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_strides_and_dimensions() -> None:
+    weight = torch.randn(40, 6)
+    x = torch.randn(3, 6, 5).transpose(1, 2)
+    torch.testing.assert_close(linear_rows(x, pack(weight)), x @ weight.T)
+    assert linear_rows(torch.randn(0, 6), pack(weight)).shape == (0, 40)
+
+
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm"])
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_no_row_of_a_model_depends_on_the_others(mixer, weights) -> None:
+    # widths that are no multiples of a vector, lengths of prompts and of steps
+    config = minrnn.ModelConfig(vocab_size=37, width=44, num_layers=2, mixer=mixer)
+    model = pack_model(minrnn.LanguageModel(config), weights)
+    with torch.no_grad():
+        _, state = model(torch.randint(37, (70, 5)))
+        for T in (1, 19):
+            ids = torch.randint(37, (70, T))
+            whole, after = model(ids, state)
+            for M in (1, 2, 3, 7, 16, 33, 64):
+                rows = torch.randperm(70)[:M]
+                logits, last = model(ids[rows], state.select(rows))
+                assert torch.equal(logits, whole[rows])
+                for name, x in last.flatten().items():
+                    assert torch.equal(x, after.flatten()[name][rows])
+
+
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm"])
+@pytest.mark.parametrize("fields", [{}, {"conv_width": 0}, {"mlp_ratio": 0, "conv_width": 1}])
+@pytest.mark.parametrize("candidate", ["g", "identity", "tanh"])
+def test_a_packed_model_does_not_depend_on_the_cuts(mixer, fields, candidate) -> None:
+    config = minrnn.ModelConfig(
+        vocab_size=37, width=24, num_layers=2, mixer=mixer, candidate=candidate, **fields
+    )
+    model = minrnn.LanguageModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    packed, ids = pack_model(model), torch.randint(37, (3, 21))
+    whole, last = packed(ids)
+    expected, state = model(ids)
+    torch.testing.assert_close(whole, expected, rtol=1e-3, atol=1e-4)
+    for cuts in ((1,) * 21, (5, 16), (20, 1), (2, 3, 4, 12)):
+        after, parts = None, []
+        for piece in ids.split(cuts, dim=1):
+            logits, after = packed(piece, after)
+            parts.append(logits)
+        assert after is not None
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+        for name, x in last.flatten().items():
+            assert torch.equal(after.flatten()[name], x)
+    # either model goes on from the other's state
+    assert {k: x.shape for k, x in last.flatten().items()} == {
+        k: x.shape for k, x in state.flatten().items()
+    }
+    torch.testing.assert_close(packed(ids, state)[0], model(ids, last)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_both_forms_of_minlstm_are_packed(normalized) -> None:
+    config = minrnn.ModelConfig(
+        vocab_size=9, width=16, num_layers=1, mixer="minlstm", normalized=normalized
+    )
+    model, ids = minrnn.LanguageModel(config).eval(), torch.randint(9, (2, 30))
+    torch.testing.assert_close(pack_model(model)(ids)[0], model(ids)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm", "mamba", "lstm"])
+def test_a_packed_model_is_the_model(mixer) -> None:
+    config = minrnn.ModelConfig(vocab_size=37, width=48, num_layers=2, mixer=mixer)
+    model = minrnn.LanguageModel(config).eval()
+    before = copy.deepcopy(model.state_dict())
+    packed, ids = pack_model(model), torch.randint(37, (3, 20))
+    torch.testing.assert_close(packed(ids)[0], model(ids)[0], rtol=1e-4, atol=1e-5)
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name])
+    assert all(p.requires_grad for p in model.parameters())
+    size = [num_weight_bytes(pack_model(model, dtype)) for dtype in ("float32", "bfloat16", "int8")]
+    assert size[0] > size[1] > size[2]
+    if mixer == "mingru":
+        # all but the embedding; packed to whole panels
+        assert num_weight_bytes(model) == sum(
+            4 * x.numel() for name, x in before.items() if name != "embedding.weight"
+        )
+        assert 1 <= size[0] / num_weight_bytes(model) < 1.25
+
+
+def test_other_dtypes_stay_as_they_are() -> None:
+    model = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=5, width=8)).double()
+    packed = pack_model(model)
+    assert isinstance(packed.head.weight, torch.nn.Parameter)
+    ids = torch.randint(5, (2, 3))
+    assert torch.equal(packed(ids)[0], model.eval()(ids)[0])
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"`weight` must have shape \(N, K\), got \(3,\)"):
+        pack(torch.ones(3))
+    with pytest.raises(TypeError, match=r"`weight` must be float32, got torch.float64"):
+        pack(torch.ones(3, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="`dtype` must be float32, bfloat16 or int8, got 'int4'"):
+        pack(torch.ones(3, 3), "int4")
+    with pytest.raises(TypeError, match="packed weights can only be multiplied by"):
+        torch.add(PackedWeight(torch.ones(3, 3)), 1)
+    packed = pack_model(minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=5, width=8)))
+    with pytest.raises(RuntimeError, match=r"`ids` must be in \[0, 5\), got 7"):
+        packed(torch.tensor([[1, 7]]))
+    with pytest.raises(ValueError, match=r"`ids` must have shape \(B, T\) with T >= 1"):
+        packed(torch.tensor([1]))
+    with pytest.raises(TypeError, match=r"`ids` must hold integers, got torch\.float32"):
+        packed(torch.ones(1, 1))
+    with pytest.raises(RuntimeError, match=r"expected x \(M, K\) and weights packed"):
+        linear_rows(torch.ones(2, 4), pack(torch.ones(3, 3)))
