@@ -15,6 +15,7 @@ import torch
 import uvicorn
 
 import minrnn
+from minrnn.data.tokenizers import Tokenizer
 from minrnn.serve.app import create_app
 from minrnn.serve.config import Limits
 from minrnn.serve.engine import Engine, EngineConfig
@@ -26,11 +27,11 @@ from minrnn.serve.worker import Worker
 TEXT = "abcdefgh .,\n"
 
 
-def make_run(folder: Path, width: int = 16) -> Path:
+def make_run(folder: Path, tokenizer: Tokenizer | None = None) -> Path:
     """A run folder; the model is untrained and in float64, where rounding decides no draw."""
     torch.manual_seed(0)
-    tokenizer = minrnn.Characters(TEXT)
-    config = minrnn.ModelConfig(vocab_size=tokenizer.vocab_size, width=width, num_layers=2)
+    tokenizer = tokenizer or minrnn.Characters(TEXT)
+    config = minrnn.ModelConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=2)
     model = minrnn.LanguageModel(config).double().eval()
     torch.nn.init.normal_(model.head.weight, std=0.5)
     minrnn.save(folder, model, tokenizer)
