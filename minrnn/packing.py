@@ -174,7 +174,7 @@ def pack_model(
         return PackedModel(model, weights).eval()
     packed = copy.deepcopy(model).requires_grad_(False).eval()
     for module in packed.modules():
-        for name in _matrices(module):
+        for name in matrices(module):
             weight = getattr(module, name)
             if weight is not None and weight.dtype == torch.float32:
                 delattr(module, name)
@@ -222,13 +222,13 @@ def num_weight_bytes(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             size -= module.weight.numel() * module.weight.element_size()
-        packed = (vars(module).get(name) for name in _matrices(module))
+        packed = (vars(module).get(name) for name in matrices(module))
         size += sum(x.num_bytes for x in packed if isinstance(x, PackedWeight))
     return size
 
 
-def _matrices(module: nn.Module) -> list[str]:
-    """The names of what `module` multiplies by in `F.linear`."""
+def matrices(module: nn.Module) -> list[str]:
+    """The names of the weights that `module` multiplies by in `F.linear`."""
     if isinstance(module, nn.Linear):
         return ["weight"]
     if isinstance(module, MinGRU | MinLSTM):

@@ -8,6 +8,7 @@
     layer        how fast are the layers beside nn.GRU, nn.LSTM and the public minGRUs?
     packed       how fast do they train on a packed batch of unequal lengths?
     step         how long does one step take, where a stream is served?
+    stream       how fast does a language model stream, one text and many?
     mixers       how fast are those that the paper compares with?
     train_step   what is left of it when a whole model trains?
     memory       how much memory does a training step of a layer take?

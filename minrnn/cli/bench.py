@@ -17,6 +17,7 @@ from minrnn.bench import (
     report,
     scan,
     step,
+    stream,
     train_step,
 )
 from minrnn.bench.compare import Table, all_right
@@ -114,6 +115,13 @@ BENCHES = {
         step.measured,
         "Time one step of cells and layers, as a stream is served, beside those of torch.",
         "one stream only and fewer rounds",
+    ),
+    "stream": _bench(
+        "stream",
+        stream.measured,
+        "Time a symbol of a language model, of one stream and of many, beside other models.",
+        "a short context and fewer rounds",
+        on_gpu=False,
     ),
     "mixers": _bench(
         "mixers",

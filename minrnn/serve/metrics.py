@@ -37,6 +37,11 @@ class Metrics:
                 lambda: engine.num_running * engine.state_bytes,
             ),
             (
+                "state_bytes_per_stream",
+                "Bytes of the state of one text",
+                lambda: engine.state_bytes,
+            ),
+            (
                 "prefix_bytes",
                 "Bytes of the states behind prompts",
                 lambda: engine.prefixes.num_bytes,

@@ -1,0 +1,207 @@
+"""How fast does a stream go, and many at once? One symbol of the paper's language model."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minrnn.bench import measure, peers
+from minrnn.bench.compare import Checked, Entrant, Row, Table, check, timed_rows
+from minrnn.bench.measure import Call
+from minrnn.models import LanguageModel, ModelConfig, TextModel
+from minrnn.ops.rows import WeightDtype, linear_rows, pack
+from minrnn.packing import matrices, num_weight_bytes, pack_model
+
+VOCABULARY = 65
+# symbols that a Transformer has behind it
+CONTEXT, QUICK_CONTEXT = 1000, 50
+STREAMS = 64
+LENGTHS, QUICK_LENGTHS = (100, 1000, 10_000, 100_000), (100, 1000)
+SECONDS, QUICK_SECONDS = 4.0, 0.3
+READ = "reading the weights"
+_WEIGHTS: tuple[WeightDtype, ...] = ("float32", "bfloat16", "int8")
+
+
+def measured(quick: bool = False) -> Iterator[Table]:
+    """Tables of one symbol: of one stream, of many at once, and over the length of the text.
+
+    Args:
+        quick: a short context, short texts, fewer rounds.
+    """
+    seconds = QUICK_SECONDS if quick else SECONDS
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=VOCABULARY)).eval()
+    width, context = model.config.width, QUICK_CONTEXT if quick else CONTEXT
+    checked = _ours(model, 1) | {
+        f"GPT-2 of transformers, {context:,} symbols in its cache": _gpt2(context),
+        "minGRU-pytorch minLM": _min_lm(model.config),
+    }
+    read, size = _reading(num_weight_bytes(pack_model(model)))
+    sizes = {f"packed, {w}": num_weight_bytes(pack_model(model, w)) for w in _WEIGHTS}
+    sizes |= {READ: size, "modules": num_weight_bytes(model)}
+    rows = timed_rows(checked, lambda calls: Call(calls.forward), {READ: read}, sizes, seconds)
+    shape = (1, 1, width)
+    yield Table("a symbol of one stream", shape, "ms", tuple(_with_rate(r, 1, sizes) for r in rows))
+    many = _ours(model, STREAMS)
+    rows = timed_rows(many, lambda calls: Call(calls.forward), {}, {}, seconds)
+    shape = (STREAMS, 1, width)
+    rows = tuple(_with_rate(row, STREAMS, {}) for row in rows)
+    yield Table("a symbol of each of many streams", shape, "ms", rows)
+    yield from _over_length(model, QUICK_LENGTHS if quick else LENGTHS, seconds)
+
+
+def _with_rate(row: Row, streams: int, sizes: dict[str, int]) -> Row:
+    """The row with symbols a second, and bytes of weights a second, in its note."""
+    if row.value is None or row.name == READ:
+        return row
+    rate = f"{1e3 * streams / row.value:,.0f} symbols/s"
+    if row.name in sizes:
+        rate += f", {sizes[row.name] / row.value / 1e6:.1f} GB/s of weights"
+    return replace(row, note=rate)
+
+
+def _reading(num_bytes: int) -> tuple[Call, int]:
+    """A sum over as many bytes as a step reads."""
+    x = torch.ones(num_bytes // 4)
+    return Call(x.sum), 4 * len(x)
+
+
+def _ours(model: LanguageModel, streams: int) -> dict[str, Checked]:
+    found = {}
+    for weights in _WEIGHTS:
+        rounded = _rounded(model, weights)
+        found[f"packed, {weights}"] = _checked(
+            lambda w=weights: pack_model(model, w), rounded, streams
+        )
+    found["modules"] = _checked(lambda: model, model, streams)
+    return found
+
+
+def _rounded(model: LanguageModel, weights: WeightDtype) -> LanguageModel:
+    """The model whose matrices are what the packed ones stand for."""
+    copied = deepcopy(model)
+    for module in copied.modules():
+        for name in matrices(module):
+            weight = getattr(module, name)
+            if weight is not None:
+                # the product with the unit matrix gives W^T
+                seen = linear_rows(torch.eye(weight.shape[1]), pack(weight, weights)).T
+                weight.data.copy_(seen)
+    return copied
+
+
+def _checked(build: Callable[[], TextModel], exact: LanguageModel, streams: int) -> Checked:
+    """A step of `build()` behind some symbols, held to `exact` in float64."""
+    prompt, ids = _symbols(streams, 7), _symbols(streams, 1)
+
+    def load() -> peers.Calls:
+        model = build()
+        with torch.inference_mode():
+            _, state = model(prompt)
+
+        def forward() -> Tensor:
+            with torch.inference_mode():
+                return model(ids, state)[0]
+
+        return peers.Calls(forward, forward, lambda logits: [logits.clone()])
+
+    def answer() -> list[Tensor]:
+        wide = deepcopy(exact).double()
+        with torch.no_grad():
+            return [wide(torch.cat([prompt, ids], 1))[0][:, -1:]]
+
+    return check(Entrant("", load, answer))
+
+
+def _symbols(B: int, T: int) -> Tensor:
+    return torch.randint(VOCABULARY, (B, T), generator=torch.Generator().manual_seed(T))
+
+
+def _gpt2(context: int) -> Checked:
+    """transformers' GPT-2 with as many weights, one symbol behind its cache."""
+    kept: dict[str, Any] = {}
+
+    def load() -> peers.Calls:
+        theirs = peers.require("transformers", "transformers")
+        sizes = {"n_embd": 372, "n_layer": 4, "n_head": 6, "n_positions": 1024}
+        config = theirs.GPT2Config(vocab_size=VOCABULARY, **sizes)
+        model = kept["model"] = theirs.GPT2LMHeadModel(config).eval()
+        with torch.inference_mode():
+            cache = model(_symbols(1, context), use_cache=True).past_key_values
+
+        def forward() -> Tensor:
+            with torch.inference_mode():
+                logits = model(_symbols(1, 1), past_key_values=cache, use_cache=True).logits
+                # each call has the same context
+                cache.crop(-1)
+                return logits
+
+        return peers.Calls(forward, forward, lambda logits: [logits.clone()])
+
+    def answer() -> list[Tensor]:
+        ids = torch.cat([_symbols(1, context), _symbols(1, 1)], 1)
+        with torch.inference_mode():
+            return [deepcopy(kept["model"]).double()(ids).logits[:, -1:]]
+
+    return check(Entrant("", load, answer))
+
+
+def _min_lm(config: ModelConfig) -> Checked:
+    """minGRU-pytorch's language model of the same width, depth and expansion, without convolution,
+    which it cannot carry on."""
+    kept: dict[str, nn.Module] = {}
+    prompt, ids = _symbols(1, 7), _symbols(1, 1)
+
+    def load() -> peers.Calls:
+        theirs = peers.require("minGRU-pytorch", "minGRU_pytorch.minLM")
+        sizes = {"dim": config.width, "depth": config.num_layers, "expansion": config.expansion}
+        model = theirs.minLM(num_tokens=VOCABULARY, ff_mult=config.mlp_ratio, **sizes).eval()
+        kept["model"] = model
+        with torch.inference_mode():
+            _, state = model(prompt, return_prev_hiddens=True)
+
+        def forward() -> Tensor:
+            with torch.inference_mode():
+                return model(ids, return_prev_hiddens=True, prev_hiddens=state)[0]
+
+        return peers.Calls(forward, forward, lambda logits: [logits.clone()])
+
+    def answer() -> list[Tensor]:
+        with torch.inference_mode():
+            return [deepcopy(kept["model"]).double()(torch.cat([prompt, ids], 1))[:, -1:]]
+
+    return check(Entrant("", load, answer))
+
+
+def _over_length(model: LanguageModel, lengths: tuple[int, ...], seconds: float) -> Iterator[Table]:
+    """The time of a symbol behind texts of several lengths, all in one run."""
+    packed = pack_model(model)
+    calls: dict[str, Call] = {}
+    sizes: dict[str, int] = {}
+    state, read, ids = None, 0, _symbols(1, 1)
+    for T in lengths:
+        with torch.inference_mode():
+            for chunk in _symbols(1, T)[:, read:].split(1000, dim=1):
+                _, state = packed(chunk, state)
+        assert state is not None
+        read, sizes[f"{T}"] = T, state.num_bytes
+        calls[f"{T}"] = Call(lambda s=state: packed(ids, s))
+    with torch.inference_mode():
+        timings = measure.interleave(calls, seconds)
+    rows = tuple(
+        Row(
+            f"{T:,} symbols",
+            T=T,
+            value=1e3 * timings[f"{T}"].median,
+            low=1e3 * timings[f"{T}"].low,
+            high=1e3 * timings[f"{T}"].high,
+            rounds=timings[f"{T}"].rounds,
+            ratio=timings[f"{T}"].median / timings[f"{lengths[0]}"].median,
+            note=f"{sizes[f'{T}']:,} bytes of state",
+        )
+        for T in lengths
+    )
+    yield Table("a symbol behind a text", (), "ms", rows)
