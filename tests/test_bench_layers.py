@@ -104,3 +104,13 @@ def test_mixers_are_right_and_timed(quick, monkeypatch, capsys) -> None:
     for name in ("Mamba ", "attention block", "nn.TransformerEncoderLayer"):
         assert any(line.strip().startswith(name) for line in said.splitlines()), name
     assert "wrong" not in said
+
+
+def test_bench_stream_checks_and_times_a_symbol(capsys) -> None:
+    assert cli.main(["bench", "stream", "--quick"]) == 0
+    said = capsys.readouterr().out
+    for name in ("packed, float32", "packed, int8", "modules", "GPT-2", "minGRU-pytorch minLM"):
+        [line] = [one for one in said.split("a symbol of each")[0].splitlines() if name in one]
+        assert "symbols/s" in line, line
+    # the state of the paper's model, behind any text
+    assert said.count("23,040 bytes of state") == 2

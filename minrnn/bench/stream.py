@@ -127,7 +127,8 @@ def _gpt2(context: int) -> Checked:
     def load() -> peers.Calls:
         theirs = peers.require("transformers", "transformers")
         sizes = {"n_embd": 372, "n_layer": 4, "n_head": 6, "n_positions": 1024}
-        config = theirs.GPT2Config(vocab_size=VOCABULARY, **sizes)
+        ends = {"bos_token_id": 0, "eos_token_id": 0}
+        config = theirs.GPT2Config(vocab_size=VOCABULARY, **sizes, **ends)
         model = kept["model"] = theirs.GPT2LMHeadModel(config).eval()
         with torch.inference_mode():
             cache = model(_symbols(1, context), use_cache=True).past_key_values
