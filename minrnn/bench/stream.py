@@ -1,4 +1,4 @@
-"""How fast does a stream go, and many at once? One symbol of the paper's language model."""
+"""How fast does a stream go, and many at once? Symbols of the paper's language model."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -14,11 +14,14 @@ from minrnn.bench.measure import Call
 from minrnn.models import LanguageModel, ModelConfig, TextModel
 from minrnn.ops.rows import WeightDtype, linear_rows, pack
 from minrnn.packing import matrices, num_weight_bytes, pack_model
+from minrnn.state import State
 
 VOCABULARY = 65
 # symbols that a Transformer has behind it
 CONTEXT, QUICK_CONTEXT = 1000, 50
 STREAMS = 64
+# a call takes so many in a row: what was in the caches before it counts little
+SYMBOLS = 16
 LENGTHS, QUICK_LENGTHS = (100, 1000, 10_000, 100_000), (100, 1000)
 SECONDS, QUICK_SECONDS = 4.0, 0.3
 READ = "reading the weights"
@@ -42,31 +45,45 @@ def measured(quick: bool = False) -> Iterator[Table]:
     read, size = _reading(num_weight_bytes(pack_model(model)))
     sizes = {f"packed, {w}": num_weight_bytes(pack_model(model, w)) for w in _WEIGHTS}
     sizes |= {READ: size, "modules": num_weight_bytes(model)}
-    rows = timed_rows(checked, lambda calls: Call(calls.forward), {READ: read}, sizes, seconds)
     shape = (1, 1, width)
-    yield Table("a symbol of one stream", shape, "ms", tuple(_with_rate(r, 1, sizes) for r in rows))
-    many = _ours(model, STREAMS)
-    rows = timed_rows(many, lambda calls: Call(calls.forward), {}, {}, seconds)
-    shape = (STREAMS, 1, width)
-    rows = tuple(_with_rate(row, STREAMS, {}) for row in rows)
-    yield Table("a symbol of each of many streams", shape, "ms", rows)
+    rows = _rows(checked, {READ: read}, 1, sizes, seconds)
+    yield Table("a symbol of one stream", shape, "ms", rows)
+    rows = _rows(_ours(model, STREAMS), {}, STREAMS, {}, seconds)
+    yield Table("a symbol of each of many streams", (STREAMS, 1, width), "ms", rows)
     yield from _over_length(model, QUICK_LENGTHS if quick else LENGTHS, seconds)
 
 
-def _with_rate(row: Row, streams: int, sizes: dict[str, int]) -> Row:
-    """The row with symbols a second, and bytes of weights a second, in its note."""
-    if row.value is None or row.name == READ:
-        return row
-    rate = f"{1e3 * streams / row.value:,.0f} symbols/s"
-    if row.name in sizes:
-        rate += f", {sizes[row.name] / row.value / 1e6:.1f} GB/s of weights"
-    return replace(row, note=rate)
+def _rows(
+    checked: dict[str, Checked],
+    yardsticks: dict[str, Call],
+    streams: int,
+    sizes: dict[str, int],
+    seconds: float,
+) -> tuple[Row, ...]:
+    """Milliseconds of a symbol; symbols and bytes of weights a second in the note."""
+    found = []
+    for row in timed_rows(checked, lambda calls: Call(calls.forward), yardsticks, {}, seconds):
+        if row.value is None or row.low is None or row.high is None:
+            found.append(row)
+            continue
+        value, low, high = (x / SYMBOLS for x in (row.value, row.low, row.high))
+        notes = [] if row.name == READ else [f"{1e3 * streams / value:,.0f} symbols/s"]
+        if row.name in sizes:
+            notes.append(f"{sizes[row.name] / value / 1e6:.1f} GB/s of weights")
+        note = ", ".join(notes)
+        found.append(replace(row, value=value, low=low, high=high, faults=None, note=note))
+    return tuple(found)
 
 
 def _reading(num_bytes: int) -> tuple[Call, int]:
-    """A sum over as many bytes as a step reads."""
+    """Sums over as many bytes as a step reads."""
     x = torch.ones(num_bytes // 4)
-    return Call(x.sum), 4 * len(x)
+
+    def read() -> None:
+        for _ in range(SYMBOLS):
+            x.sum()
+
+    return Call(read), 4 * len(x)
 
 
 def _ours(model: LanguageModel, streams: int) -> dict[str, Checked]:
@@ -94,8 +111,8 @@ def _rounded(model: LanguageModel, weights: WeightDtype) -> LanguageModel:
 
 
 def _checked(build: Callable[[], TextModel], exact: LanguageModel, streams: int) -> Checked:
-    """A step of `build()` behind some symbols, held to `exact` in float64."""
-    prompt, ids = _symbols(streams, 7), _symbols(streams, 1)
+    """Steps of `build()` behind some symbols, held to `exact` in float64."""
+    prompt, ids = _symbols(streams, 7), _symbols(streams, SYMBOLS)
 
     def load() -> peers.Calls:
         model = build()
@@ -103,8 +120,11 @@ def _checked(build: Callable[[], TextModel], exact: LanguageModel, streams: int)
             _, state = model(prompt)
 
         def forward() -> Tensor:
+            logits, after = ids, state
             with torch.inference_mode():
-                return model(ids, state)[0]
+                for one in ids.split(1, dim=1):
+                    logits, after = model(one, after)
+            return logits
 
         return peers.Calls(forward, forward, lambda logits: [logits.clone()])
 
@@ -121,8 +141,9 @@ def _symbols(B: int, T: int) -> Tensor:
 
 
 def _gpt2(context: int) -> Checked:
-    """transformers' GPT-2 with as many weights, one symbol behind its cache."""
+    """transformers' GPT-2 with as many weights, behind a cache of `context` symbols."""
     kept: dict[str, Any] = {}
+    ids = _symbols(1, SYMBOLS)
 
     def load() -> peers.Calls:
         theirs = peers.require("transformers", "transformers")
@@ -134,18 +155,20 @@ def _gpt2(context: int) -> Checked:
             cache = model(_symbols(1, context), use_cache=True).past_key_values
 
         def forward() -> Tensor:
+            logits = ids
             with torch.inference_mode():
-                logits = model(_symbols(1, 1), past_key_values=cache, use_cache=True).logits
-                # each call has the same context
-                cache.crop(-1)
-                return logits
+                for one in ids.split(1, dim=1):
+                    logits = model(one, past_key_values=cache, use_cache=True).logits
+            # each call has the same context
+            cache.crop(-SYMBOLS)
+            return logits
 
         return peers.Calls(forward, forward, lambda logits: [logits.clone()])
 
     def answer() -> list[Tensor]:
-        ids = torch.cat([_symbols(1, context), _symbols(1, 1)], 1)
+        whole = torch.cat([_symbols(1, context), ids], 1)
         with torch.inference_mode():
-            return [deepcopy(kept["model"]).double()(ids).logits[:, -1:]]
+            return [deepcopy(kept["model"]).double()(whole).logits[:, -1:]]
 
     return check(Entrant("", load, answer))
 
@@ -154,7 +177,7 @@ def _min_lm(config: ModelConfig) -> Checked:
     """minGRU-pytorch's language model of the same width, depth and expansion, without convolution,
     which it cannot carry on."""
     kept: dict[str, nn.Module] = {}
-    prompt, ids = _symbols(1, 7), _symbols(1, 1)
+    prompt, ids = _symbols(1, 7), _symbols(1, SYMBOLS)
 
     def load() -> peers.Calls:
         theirs = peers.require("minGRU-pytorch", "minGRU_pytorch.minLM")
@@ -165,8 +188,11 @@ def _min_lm(config: ModelConfig) -> Checked:
             _, state = model(prompt, return_prev_hiddens=True)
 
         def forward() -> Tensor:
+            logits, after = ids, state
             with torch.inference_mode():
-                return model(ids, return_prev_hiddens=True, prev_hiddens=state)[0]
+                for one in ids.split(1, dim=1):
+                    logits, after = model(one, return_prev_hiddens=True, prev_hiddens=after)
+            return logits
 
         return peers.Calls(forward, forward, lambda logits: [logits.clone()])
 
@@ -182,23 +208,28 @@ def _over_length(model: LanguageModel, lengths: tuple[int, ...], seconds: float)
     packed = pack_model(model)
     calls: dict[str, Call] = {}
     sizes: dict[str, int] = {}
-    state, read, ids = None, 0, _symbols(1, 1)
+    state, read, ids = None, 0, _symbols(1, SYMBOLS)
+
+    def steps(after: State) -> None:
+        for one in ids.split(1, dim=1):
+            _, after = packed(one, after)
+
     for T in lengths:
         with torch.inference_mode():
             for chunk in _symbols(1, T)[:, read:].split(1000, dim=1):
                 _, state = packed(chunk, state)
         assert state is not None
         read, sizes[f"{T}"] = T, state.num_bytes
-        calls[f"{T}"] = Call(lambda s=state: packed(ids, s))
+        calls[f"{T}"] = Call(lambda s=state: steps(s))
     with torch.inference_mode():
         timings = measure.interleave(calls, seconds)
     rows = tuple(
         Row(
             f"{T:,} symbols",
             T=T,
-            value=1e3 * timings[f"{T}"].median,
-            low=1e3 * timings[f"{T}"].low,
-            high=1e3 * timings[f"{T}"].high,
+            value=1e3 * timings[f"{T}"].median / SYMBOLS,
+            low=1e3 * timings[f"{T}"].low / SYMBOLS,
+            high=1e3 * timings[f"{T}"].high / SYMBOLS,
             rounds=timings[f"{T}"].rounds,
             ratio=timings[f"{T}"].median / timings[f"{lengths[0]}"].median,
             note=f"{sizes[f'{T}']:,} bytes of state",
