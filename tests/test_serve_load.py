@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,7 @@ def test_two_thousand_open_streams(run, capsys) -> None:
             )
         assert running >= 0.95 * STREAMS
         # beside its state a stream has a connection, and its text on the way
-        assert grown < 1.2 * state_bytes + 100_000
+        assert grown < 1.2 * state_bytes + 80_000
         return [task.result() for task in tasks]
 
     with process(run, "--streams", str(STREAMS), "--prefix-bytes", "0") as found:
@@ -89,6 +91,50 @@ def test_two_thousand_open_streams(run, capsys) -> None:
         assert {len(text) for _, text in answers} == {60}
         for number in range(0, STREAMS, 40):
             assert asyncio.run(ask(address, number)) == answers[number]
+
+
+ENGINE = """
+import sys, torch, minrnn
+from minrnn.packing import pack_model
+from minrnn.serve.engine import Engine, EngineConfig
+from minrnn.serve.requests import Request
+from minrnn.serve.server import return_freed_memory
+from tests.test_serve_load import _resident
+import os
+
+class Silent:
+    def read(self, prompt): pass
+    def drawn(self, symbol): return False
+    def ended(self, ending): pass
+
+torch.set_num_threads(1)
+return_freed_memory()
+model = pack_model(minrnn.load(sys.argv[1]).model)
+engine = Engine(model, EngineConfig(prefix_bytes=0))
+
+def add(count):
+    for n in range(count):
+        engine.submit(Request(torch.full((1 + n % 9,), n % 60), 10_000), [Silent()])
+    while engine.num_waiting:
+        engine.step()
+
+add(256)
+engine.close()
+before = _resident(os.getpid())
+add(int(sys.argv[2]))
+for _ in range(5):
+    engine.step()
+print((_resident(os.getpid()) - before) / engine.num_running, engine.state_bytes)
+"""
+
+
+def test_memory_of_the_engine_is_its_states(run, capsys) -> None:
+    command = [sys.executable, "-c", ENGINE, str(run), str(STREAMS)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    grown, state_bytes = map(float, said.split())
+    with capsys.disabled():
+        print(f"\n{state_bytes:,.0f} bytes of state, {grown:,.0f} of resident memory a stream")
+    assert grown < 1.2 * state_bytes
 
 
 async def _metric(address: str, name: str) -> float:

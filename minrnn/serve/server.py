@@ -1,7 +1,9 @@
 """The server as a process: a run folder, a port, signals."""
 
 import asyncio
+import ctypes
 import hashlib
+import platform
 import socket
 import sys
 from collections.abc import Sequence
@@ -49,6 +51,7 @@ def serve(config: ServeConfig, device: torch.device) -> None:
         OSError: the address cannot be listened on.
     """
     keys = read_keys(config.keys) if config.keys else []
+    return_freed_memory()
     model, tokenizer = checkpoint.load(config.run)
     if not isinstance(model, LanguageModel) or tokenizer is None:
         raise ValueError(f"{config.run} holds no language model with a tokenizer")
@@ -90,6 +93,18 @@ def read_keys(path: Path) -> Sequence[str]:
     if not keys:
         raise ValueError(f"`keys` must name a file with at least one API key, {path} has none")
     return keys
+
+
+def return_freed_memory() -> None:
+    """Have glibc give freed blocks of 128 KiB and more back at once.
+
+    By itself it keeps more and more of them: states that come and go would fill several times the
+    memory that they take.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        for setting in (-3, -1):
+            ctypes.CDLL(None).mallopt(setting, 128 << 10)
 
 
 def _checksum(run: Path) -> str:
