@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import httpx
 import pytest
 import torch
 
+from minrnn import cli
 from minrnn.checkpoint import read_tensors
 from minrnn.serve import server
 from minrnn.serve.config import Limits
@@ -343,3 +345,20 @@ def test_key_files(tmp_path) -> None:
         server.read_keys(path)
     path.write_text("# ours\n one \ntwo\n")
     assert server.read_keys(path) == ["one", "two"]
+
+
+def test_the_command_refuses_in_one_line(run, tmp_path, monkeypatch, capsys) -> None:
+    for arguments, message in (
+        ([tmp_path / "none"], "none is not a run folder"),
+        ([run, "--port", "70000"], r"`port` must be in \[0, 65535\], got 70000"),
+        ([run, "--keys", tmp_path / "keys"], "`keys` must name a file of API keys"),
+        ([run, "--streams", "0"], "`streams` must be >= 1, got 0"),
+        ([run, "--device", "none"], "`device` must be one of this machine's, got 'none'"),
+    ):
+        assert cli.main(["serve", *map(str, arguments)]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert re.fullmatch(f"minrnn serve: .*{message}.*\n", said.err), said.err
+    monkeypatch.setitem(sys.modules, "minrnn.serve.server", None)
+    assert cli.main(["serve", str(run)]) == 2
+    assert "pip install 'minrnn[serve]'" in capsys.readouterr().err

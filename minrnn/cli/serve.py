@@ -8,8 +8,10 @@ from minrnn.serve.config import ServeConfig
 
 def serve_run(config: OmitArgPrefixes[ServeConfig]) -> int:
     """Serve a model over HTTP: OpenAI's completions, sessions, a page to try it."""
-    # fastapi and uvicorn are an extra of their own
-    from minrnn.serve.server import serve
-
+    try:
+        from minrnn.serve.server import serve
+    except ModuleNotFoundError as missing:
+        hint = f"{missing.name} is missing: pip install 'minrnn[serve]'"
+        raise ModuleNotFoundError(hint) from missing
     serve(config, device_of(config.device))
     return 0
