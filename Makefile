@@ -55,6 +55,8 @@ sanitize:
 	build/sanitize_threads
 	$(SANITIZED) -fsanitize=address,undefined tests/sanitize_selective.cpp -o build/sanitize_selective
 	build/sanitize_selective
+	$(SANITIZED) -Wno-psabi -fsanitize=address,undefined tests/sanitize_rows.cpp -o build/sanitize_rows
+	build/sanitize_rows
 	$(SANITIZED) -fsanitize=thread tests/sanitize_threads.cpp -o build/sanitize_races
 	build/sanitize_races
 
