@@ -116,6 +116,10 @@ class PackedModel(nn.Module):
             raise TypeError(f"`ids` must hold integers, got {ids.dtype}")
         if state is None:
             state = self.init_state(ids.shape[0])
+        if state.batch_size != ids.shape[0]:
+            raise ValueError(
+                f"`state` must have batch size B = {ids.shape[0]}, got {state.batch_size}"
+            )
         states: list[Tensor] = []
         for number in range(self.config.num_layers):
             block = state.inner(str(number))

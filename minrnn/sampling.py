@@ -102,7 +102,7 @@ def _filtered(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     if not rows:
         return probabilities
     chosen = [samplings[row] for row in rows]
-    ks = torch.tensor([[one.top_k or V] for one in chosen])
+    ks = torch.tensor([[min(one.top_k or V, V)] for one in chosen])
     ps = logits.new_tensor([[one.top_p] for one in chosen])
     ordered, order = probabilities[rows].sort(dim=-1, descending=True, stable=True)
     ordered = ordered.masked_fill(torch.arange(V) >= ks, 0.0)

@@ -185,6 +185,36 @@ def test_endings() -> None:
     assert waiting.ending == Ending("cancelled")
 
 
+@pytest.mark.parametrize("length", [0, 3])
+def test_a_call_that_fails_leaves_no_text_without_an_end(length) -> None:
+    model, broken = make_model(), [False]
+
+    class Breaking(torch.nn.Module):
+        def forward(self, ids, state=None):
+            logits, state = model(ids, state)
+            return logits * float("nan") if broken[0] and 7 in ids else logits, state
+
+    breaking = Breaking()
+    breaking.config, breaking.head = model.config, model.head
+    engine = Engine(breaking, EngineConfig(chunk=4, prompt_share=4))
+    heard = [Heard() for _ in range(4)]
+    engine.submit(Request(torch.tensor([1]), 100), [heard[0]])
+    engine.step()
+    broken[0] = True
+    engine.submit(Request(torch.tensor([1, 7, 3, 4, 5]), length or 9), [heard[1]])
+    engine.submit(Request(torch.tensor([7]), 3, (Sampling(seed=0), Sampling(seed=1))), heard[2:])
+    failed = 0
+    for _ in range(5):
+        try:
+            engine.step()
+        except ValueError:
+            failed += 1
+            engine.close("error")
+    assert failed == 1
+    assert all(one.ending is not None for one in heard)
+    assert not engine.busy
+
+
 def test_scores_are_log_probabilities() -> None:
     model = make_model()
     prompt = torch.randint(V, (9,))

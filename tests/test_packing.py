@@ -153,6 +153,12 @@ def test_wrong_arguments_are_named() -> None:
     packed = pack_model(minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=5, width=8)))
     with pytest.raises(RuntimeError, match=r"`ids` must be in \[0, 5\), got 7"):
         packed(torch.tensor([[1, 7]]))
+    ids = torch.zeros(2, 2, dtype=torch.long)
+    for batch_size in (0, 1, 3):
+        with pytest.raises(
+            ValueError, match=f"`state` must have batch size B = 2, got {batch_size}"
+        ):
+            packed(ids, packed.init_state(batch_size))
     with pytest.raises(ValueError, match=r"`ids` must have shape \(B, T\) with T >= 1"):
         packed(torch.tensor([1]))
     with pytest.raises(TypeError, match=r"`ids` must hold integers, got torch\.float32"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import minrnn
+from minrnn.data.tokenizers import Bytes
 from minrnn.serve.config import Limits
 from tests.serving import make_run, served, wait_for
 
@@ -27,7 +28,7 @@ def address(run: Path):
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory):
-    limits = Limits(prompt=100, length=200, choices=8)
+    limits = Limits(prompt=100, length=200, choices=8, scored=100)
     with served(make_run(tmp_path_factory.mktemp("strict")), limits) as found:
         yield found
 
@@ -125,6 +126,23 @@ def test_logprobs_are_the_models(client, run) -> None:
         assert scores["top_logprobs"][place] == pytest.approx(top)
 
 
+def test_logprobs_of_a_prompt_alone(client) -> None:
+    whole = ask(client, "abc", echo=True, logprobs=1, max_tokens=0).json()["choices"][0]
+    [event] = events_of(client, prompt="abc", echo=True, logprobs=1, max_tokens=0)
+    assert event["choices"][0]["logprobs"] == whole["logprobs"]
+    assert whole["logprobs"]["tokens"] == ["a", "b", "c"]
+
+
+def test_logprobs_of_bytes_count_characters(tmp_path) -> None:
+    run = make_run(tmp_path / "tiny", Bytes())
+    with served(run) as (address, _), httpx.Client(base_url=address) as client:
+        found = ask(client, "é€x", echo=True, logprobs=1, max_tokens=0).json()["choices"][0]
+    # a character is complete with its last byte
+    assert found["logprobs"]["text_offset"] == [0, 0, 1, 1, 1, 2]
+    tokens = found["logprobs"]["tokens"]
+    assert tokens == [f"token_id:{byte}" for byte in "é€".encode()] + ["x"]
+
+
 def test_openais_own_client(address) -> None:
     asked = {"model": "tiny", "prompt": "abc", "max_tokens": 20, "seed": 1}
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
@@ -194,6 +212,10 @@ def test_a_session_serves_one_request_at_a_time(run) -> None:
         ({"top_p": 0}, 400, "top_p"),
         ({"n": 0}, 400, "n: Input should be greater"),
         ({"n": 9}, 400, "prompts times `n` must be <= 8, got 9"),
+        ({"prompt": ["a"] * 2000}, 400, "prompt"),
+        ({"prompt": ["a"] * 9}, 400, "prompts times `n` must be <= 8, got 9"),
+        ({"top_k": 10**30}, 400, "top_k"),
+        ({"logprobs": 1, "n": 8}, 400, "texts times `max_tokens` must be <= 100"),
         ({"stop": [""]}, 400, "`stop` must be up to 4 texts"),
         ({"stop": ["a"] * 5}, 400, "`stop` must be up to 4 texts"),
         ({"suffix": "x"}, 400, "`suffix` is not offered"),
@@ -216,4 +238,4 @@ def test_bad_requests_are_named(strict, fields, status, message) -> None:
     assert re.search(message, error), error
     # nothing of it stays
     assert not service.open.total()
-    assert not service.busy
+    assert not service.claims.busy

@@ -58,7 +58,8 @@ def test_keys_share_nothing(run) -> None:
         # one prompt of two keys is read twice, of one key once
         engine = service.worker.engine
         before = engine.num_read
-        assert ask(address, "second").json() != ask(address, "first").json()
+        texts = [ask(address, key).json()["choices"] for key in ("second", "first")]
+        assert texts[0] == texts[1]
         assert engine.num_read == before + 3
         # what can be seen without a key says nothing of texts
         assert httpx.get(f"{address}/health").json() == {"status": "ok"}
@@ -146,6 +147,8 @@ def test_a_client_that_vanishes_frees_its_place(run, after) -> None:
         for _ in range(3):
             _vanish(address, after)
         engine = service.worker.engine
+        if after:
+            assert engine.num_read > 0
         wait_for(lambda: not service.open.total() and not engine.busy)
         assert ask(address).status_code == 200
 
@@ -187,7 +190,7 @@ def test_many_clients_a_tenth_cancels(run) -> None:
             list(pool.map(one, range(200)))
         wait_for(lambda: not service.open.total() and not service.worker.engine.busy)
         assert service.worker.num_errors == 0
-        assert not service.busy
+        assert not service.claims.busy
         assert len([t for t in threading.enumerate() if t.name == "engine"]) == 1
 
 
@@ -209,6 +212,59 @@ def test_a_step_that_fails_ends_its_texts_alone(run, monkeypatch) -> None:
         assert httpx.get(f"{address}/health").status_code == 200
         assert "minrnn_engine_errors_total 1.0" in httpx.get(f"{address}/metrics").text
         assert not service.open.total()
+
+
+def test_sessions_are_claimed_one_by_one(run) -> None:
+    with served(run, Limits(sessions_per_key=2)) as (address, service):
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(ask, address, session=f"s{n}") for n in range(8)]
+            statuses = sorted(one.result().status_code for one in asked)
+        assert statuses[:2] == [200, 200]
+        # those that came while two were under way were refused
+        assert len(service.sessions.names("")) == 2
+        assert set(statuses[2:]) <= {200, 429}
+        assert not service.claims.busy
+
+
+def test_a_session_that_cannot_be_saved_is_said(run, monkeypatch) -> None:
+    with served(run) as (address, service):
+
+        def full(*args: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(service.sessions, "save", full)
+        whole = ask(address, session="x")
+        assert whole.status_code == 500
+        assert whole.json()["error"]["code"] == "session_not_saved"
+        stream = ask(address, session="x", stream=True).text.split("\n\n")
+        assert json.loads(stream[-2].removeprefix("data: "))["error"]["code"] == "session_not_saved"
+        assert not service.claims.busy
+        assert not service.open.total()
+        found = httpx.get(f"{address}/metrics").text
+        assert 'minrnn_http_requests_total{path="/v1/completions",status="500"} 1.0' in found
+
+
+def test_a_session_is_not_deleted_while_it_is_read(run, monkeypatch) -> None:
+    with served(run) as (address, service):
+        assert ask(address, session="x").status_code == 200
+        load, begun, go_on = service.sessions.load, threading.Event(), threading.Event()
+
+        def slow(*args: str) -> Session:
+            begun.set()
+            assert go_on.wait(20)
+            return load(*args)
+
+        monkeypatch.setattr(service.sessions, "load", slow)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask, address, session="x", prompt="")
+            assert begun.wait(20)
+            assert httpx.delete(f"{address}/v1/sessions/x").status_code == 409
+            fork = httpx.post(f"{address}/v1/sessions/y/fork", json={"name": "x"})
+            assert fork.status_code == 409
+            go_on.set()
+            assert asked.result().status_code == 200
+        assert httpx.delete(f"{address}/v1/sessions/x").status_code == 200
+        assert httpx.delete(f"{address}/v1/sessions/x").status_code == 404
 
 
 def test_metrics_count(run) -> None:

@@ -62,7 +62,7 @@ def test_no_request_ends_in_a_500(tmp_path) -> None:
             ask()
         assert service.worker.num_errors == 0
         assert not service.open.total()
-        assert not service.busy
+        assert not service.claims.busy
     assert set(answered) == OPERATIONS
     # right and wrong ones among them
     assert answered["POST /v1/completions"] >= {200, 400}

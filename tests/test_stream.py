@@ -77,6 +77,7 @@ def test_sampling_follows_the_probabilities() -> None:
         (Sampling(top_p=0.7), {1, 2}),
         (Sampling(top_k=3, top_p=0.999), {0, 1, 2}),
         (Sampling(temperature=100.0, top_k=100), {0, 1, 2, 3}),
+        (Sampling(temperature=100.0, top_k=10**30, top_p=0.999), {0, 1, 2, 3}),
         (Sampling(temperature=0), {2}),
         (Sampling(temperature=1e-300, top_p=1e-300), {2}),
     ],

@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from minrnn.data.tokenizers import Tokenizer
-from minrnn.serve.choices import Choice, Delta
+from minrnn.serve.choices import Choice, Decoding, Delta
 from minrnn.serve.requests import Reason, Scored
-from minrnn.serve.schemas import error
+from minrnn.serve.schemas import Refused, error
 from minrnn.serve.service import Completion, Service
 
 # what OpenAI's clients know; `ended` beside it says more
@@ -60,14 +60,22 @@ async def events(service: Service, completion: Completion) -> AsyncIterator[str]
                 message = "the engine failed on this request"
                 yield _event(error(message, "internal_error", "server_error"))
                 return
-            text = "" if index in begun else _echoed(completion, index)
-            yield _event(head | {"choices": [_choice(completion, index, text, None)]})
+            text, logprobs = "", None
+            if index not in begun:
+                # nothing was drawn
+                text = _echoed(completion, index)
+                prompt = _prompt(completion, choice)
+                logprobs = scores[index].of(prompt) if prompt else None
+            yield _event(head | {"choices": [_choice(completion, index, text, logprobs)]})
         if with_usage:
             yield _event(head | {"choices": [], "usage": _usage(completion)})
         yield "data: [DONE]\n\n"
+    except Refused as why:
+        yield _event(error(str(why), why.code, "server_error"))
     finally:
         # the client may be gone before the end
-        await service.finish(completion)
+        with contextlib.suppress(Refused):
+            await service.finish(completion)
 
 
 async def _merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[int, Delta], None]:
@@ -97,7 +105,7 @@ class _Scores:
     """OpenAI's `logprobs` of one choice, piece by piece."""
 
     def __init__(self, tokenizer: Tokenizer, completion: Completion, index: int) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.decoding = tokenizer, Decoding(tokenizer)
         self.wanted = completion.body.logprobs is not None
         self.offset = 0 if completion.body.echo else len(completion.prompt_texts[index])
 
@@ -105,11 +113,11 @@ class _Scores:
         """The next part, None if nobody asked."""
         if not self.wanted:
             return None
-        tokens = [self.tokenizer.decode([one.symbol]) for one in symbols]
+        tokens = [self._name(one.symbol) for one in symbols]
         offsets = []
-        for token in tokens:
+        for one in symbols:
             offsets.append(self.offset)
-            self.offset += len(token)
+            self.offset += len(self.decoding.push(one.symbol))
         return {
             "tokens": tokens,
             "token_logprobs": [one.log_p for one in symbols],
@@ -122,9 +130,14 @@ class _Scores:
             return None
         top: dict[str, float] = {}
         for symbol, log_p in one.top:
-            # of several symbols with one text, e.g. halves of characters, the likeliest
-            top.setdefault(self.tokenizer.decode([symbol]), log_p)
+            # of several symbols with one text the likeliest
+            top.setdefault(self._name(symbol), log_p)
         return top
+
+    def _name(self, symbol: int) -> str:
+        """The text of a symbol; of a part of a character, which has none, its number."""
+        text = self.tokenizer.decode([symbol])
+        return f"token_id:{symbol}" if "\ufffd" in text else text
 
 
 def _head(service: Service, completion: Completion) -> dict[str, Any]:

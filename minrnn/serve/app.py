@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from minrnn.serve import answers
 from minrnn.serve.metrics import Metrics
 from minrnn.serve.middleware import Guard
-from minrnn.serve.schemas import CompletionBody, ForkBody, Name, error
-from minrnn.serve.service import Refused, Service
+from minrnn.serve.schemas import CompletionBody, ForkBody, Name, Refused, error
+from minrnn.serve.service import Service
 from minrnn.serve.sessions import Session
 
 SessionName = Annotated[Name, Path()]
@@ -173,24 +173,15 @@ def _session_routes(app: FastAPI, service: Service, owner: Any) -> None:
         name: SessionName, body: ForkBody, owner: Annotated[str, owner]
     ) -> dict[str, Any]:
         """Copy a session under another name."""
-        place = (owner, body.name)
-        if place in service.busy:
-            raise Refused(409, "session_busy", f"session {body.name!r} is in use", "name")
-        if await asyncio.to_thread(sessions.is_full, owner):
-            raise Refused(429, "too_many_sessions", f"a key may have {sessions.most} sessions")
-        service.busy.add(place)
-        try:
+        async with service.claims.held(owner, body.name, is_new=True):
             session = await asyncio.to_thread(_known, sessions.fork, owner, name, body.name)
-        finally:
-            service.busy.discard(place)
         return _described(body.name, session)
 
     @app.delete("/v1/sessions/{name}", responses=_ERRORS)
     async def delete_session(name: SessionName, owner: Annotated[str, owner]) -> dict[str, Any]:
         """Delete a session."""
-        if (owner, name) in service.busy:
-            raise Refused(409, "session_busy", f"session {name!r} is in use", "name")
-        await asyncio.to_thread(_known, sessions.delete, owner, name)
+        async with service.claims.held(owner, name):
+            await asyncio.to_thread(_known, sessions.delete, owner, name)
         return {"name": name, "object": "session", "deleted": True}
 
 
@@ -238,7 +229,8 @@ def _error_answers(app: FastAPI) -> None:
         param = place[0] if place else None
         message = f"{'.'.join(place) or 'the body'}: {first['msg']}"
         if first["type"] == "extra_forbidden":
-            message += f" (known: {', '.join(CompletionBody.model_fields)})"
+            body = ForkBody if request.url.path.endswith("/fork") else CompletionBody
+            message += f" (known: {', '.join(body.model_fields)})"
         return JSONResponse(error(message, "invalid_value", param=param), 400)
 
     @app.exception_handler(HTTPException)

@@ -9,6 +9,16 @@ from minrnn.configs import check_fields
 from minrnn.ops.rows import WeightDtype
 from minrnn.serve.engine import EngineConfig
 
+_AT_LEAST_ONE = (
+    "body_bytes",
+    "prompt",
+    "length",
+    "choices",
+    "scored",
+    "streams",
+    "streams_per_key",
+)
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -27,6 +37,8 @@ class Limits:
     """Symbols that a text may ask for."""
     choices: int = 64
     """Texts of one request."""
+    scored: int = 50_000
+    """Symbols that a request with `logprobs` may ask for: their scores wait in memory."""
     streams: int = 2048
     """Texts that are open at once."""
     streams_per_key: int = 2048
@@ -40,7 +52,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("body_bytes", "prompt", "length", "choices", "streams", "streams_per_key"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}")
         for name in ("seconds", "client_seconds"):

@@ -1,5 +1,6 @@
 """Many streams over one model: requests join and leave the running batches at every step."""
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -131,12 +132,13 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Texts whose prompt is not read yet."""
-        return sum(len(prompt.streams) for prompt in self._prompts)
+        # asked for from other threads
+        return sum(len(prompt.streams) for prompt in tuple(self._prompts))
 
     @property
     def num_running(self) -> int:
         """Texts that are being drawn."""
-        return sum(len(group.streams) for group in self._groups)
+        return sum(len(group.streams) for group in tuple(self._groups))
 
     @property
     def busy(self) -> bool:
@@ -146,6 +148,9 @@ class Engine:
     def submit(self, request: Request, listeners: Sequence[Listener]) -> None:
         """Take a request; `listeners`, one for each of its samplings, hear of its texts."""
         deadline = self.clock() + request.seconds
+        if request.state is not None:
+            state = request.state.map(lambda x: x.to(self.device))
+            request = dataclasses.replace(request, state=state)
         prompt = _Prompt(
             request,
             [
@@ -210,15 +215,17 @@ class Engine:
         """Read of the waiting prompts, one chunk of each in turn; yield those that are read."""
         share = self.config.prompt_share
         while self._prompts and share > 0:
-            prompt = self._prompts.popleft()
+            prompt = self._prompts[0]
             before = prompt.num_read
             if before < len(prompt.request.prompt):
                 prompt.read = self._read_chunk(prompt)
                 share -= prompt.num_read - before
             if prompt.num_read < len(prompt.request.prompt):
-                self._prompts.append(prompt)
+                self._prompts.rotate(-1)
             else:
                 yield prompt
+                # not before: should a call fail, `close` must find its texts
+                self._prompts.popleft()
 
     def _read_chunk(self, prompt: _Prompt) -> Read:
         request, before = prompt.request, prompt.num_read
@@ -238,9 +245,12 @@ class Engine:
         """Draw the first symbols behind a prompt that is read, and let its streams run."""
         read, request, size = prompt.read, prompt.request, self.config.batch_size
         assert read is not None
-        for start in range(0, len(prompt.streams), size):
-            streams = prompt.streams[start : start + size]
+        while prompt.streams:
+            streams = prompt.streams[:size]
             group = _Group(read.state.select([0] * len(streams)), streams)
+            # in one place or the other at any time, as above
+            self._groups.append(group)
+            prompt.streams = prompt.streams[size:]
             for stream in streams:
                 stream.listener.read(prompt.scored)
             if request.length == 0:
@@ -248,7 +258,6 @@ class Engine:
                 _leave(group, full)
             else:
                 self._draw(group, read.logits.expand(len(streams), -1))
-            self._groups.append(group)
 
     def _pack(self) -> None:
         """Drop empty groups; put small ones together."""

@@ -48,6 +48,10 @@ class Guard:
                 await self.app(scope, _given(body, receive), noted)
             else:
                 await _refuse(*body, noted)
+        except Exception:
+            # the 500 is sent outside of here
+            status = status or 500
+            raise
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.requests.labels(path, str(status)).inc()

@@ -5,7 +5,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Ids = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+# the first wrong element ends the check: a body may hold a million of them
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True, max_length=1000)]
+Lists = Annotated[list[Ids], Field(fail_fast=True, max_length=1000)]
 
 
 class _Body(BaseModel):
@@ -24,11 +27,11 @@ class CompletionBody(_Body):
     """A request for completions."""
 
     model: str
-    prompt: str | list[str] | Ids | list[Ids] | None = None
+    prompt: str | Texts | Ids | Lists | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=0)] | None = 0
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = 0
     n: Annotated[int, Field(ge=1)] | None = 1
     stop: str | list[str] | None = None
     stream: bool | None = False
@@ -50,6 +53,14 @@ class ForkBody(_Body):
     """Under which name a session is copied."""
 
     name: Name
+
+
+class Refused(Exception):
+    """A request that is not served, with its HTTP status."""
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
 
 
 def error(

@@ -12,9 +12,10 @@ from torch import Tensor
 from minrnn.data.tokenizers import Tokenizer
 from minrnn.sampling import Sampling
 from minrnn.serve.choices import Choice
+from minrnn.serve.claims import Claims
 from minrnn.serve.config import Limits
 from minrnn.serve.requests import Request
-from minrnn.serve.schemas import CompletionBody
+from minrnn.serve.schemas import CompletionBody, Refused
 from minrnn.serve.sessions import Session, SessionStore
 from minrnn.serve.worker import Worker
 
@@ -22,14 +23,6 @@ from minrnn.serve.worker import Worker
 _LENGTH = 16
 # fields whose other values would change the text in ways that are not offered
 _FIXED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "suffix": ""}
-
-
-class Refused(Exception):
-    """A request that is not served, with its HTTP status."""
-
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
 
 
 @dataclass
@@ -72,7 +65,7 @@ class Service:
         self.name, self.tokenizer, self.worker = name, tokenizer, worker
         self.sessions, self.limits, self.created = sessions, limits, int(time.time())
         self.draining = False
-        self.busy: set[tuple[str, str]] = set()
+        self.claims = Claims(sessions)
         self.open: Counter[str] = Counter()
 
     async def start(self, body: CompletionBody, owner: str) -> Completion:
@@ -111,7 +104,11 @@ class Service:
         return completion
 
     async def finish(self, completion: Completion) -> None:
-        """Save what is to be saved of a completion, and let go of it; cancels what still runs."""
+        """Save what is to be saved of a completion, and let go of it; cancels what still runs.
+
+        Raises:
+            Refused: a session could not be saved; what was saved before still stands.
+        """
         if completion.finishing is None:
             completion.finishing = asyncio.create_task(self._finish(completion))
         # goes on when the request is cancelled, so that no session is left half-way
@@ -122,8 +119,15 @@ class Service:
             for choice in completion.choices:
                 if choice.ending is None and self.worker.alive:
                     self.worker.cancel(choice)
+            failed: OSError | None = None
             for index, choice in enumerate(completion.choices):
-                await self._save(completion, index, choice)
+                try:
+                    await self._save(completion, index, choice)
+                except OSError as error:
+                    failed = error
+            if failed is not None:
+                message = "the text has ended, but its session could not be saved"
+                raise Refused(500, "session_not_saved", message) from failed
         finally:
             self._release(completion)
 
@@ -160,7 +164,7 @@ class Service:
         if len(stops) > 4 or not all(stops) or any(len(stop) > 1000 for stop in stops):
             message = "`stop` must be up to 4 texts of 1 to 1,000 characters"
             raise Refused(400, "invalid_value", message, "stop")
-        length = _LENGTH if body.max_tokens is None else body.max_tokens
+        length = _length(body)
         if length > self.limits.length:
             message = f"`max_tokens` must be <= {self.limits.length}, got {length}"
             raise Refused(400, "invalid_value", message, "max_tokens")
@@ -176,6 +180,10 @@ class Service:
         given = "" if body.prompt is None else body.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
+        num_texts, most = len(given) * (body.n or 1), self.limits.choices
+        if num_texts > most:
+            message = f"prompts times `n` must be <= {most}, got {num_texts}"
+            raise Refused(400, "invalid_value", message, "n")
         prompts = [self._ids(one) for one in given]
         if body.session and len(prompts) != 1:
             message = f"with `session`, `prompt` must be one text, got {len(prompts)}"
@@ -187,10 +195,9 @@ class Service:
         if total > self.limits.prompt:
             message = f"`prompt` must hold <= {self.limits.prompt} symbols, got {total}"
             raise Refused(400, "context_length_exceeded", message, "prompt")
-        num_texts, most = len(prompts) * (body.n or 1), self.limits.choices
-        if num_texts > most:
-            message = f"prompts times `n` must be <= {most}, got {num_texts}"
-            raise Refused(400, "invalid_value", message, "n")
+        if body.logprobs is not None and num_texts * _length(body) > self.limits.scored:
+            message = f"with `logprobs`, texts times `max_tokens` must be <= {self.limits.scored}"
+            raise Refused(400, "invalid_value", message, "max_tokens")
         texts = [
             one if isinstance(one, str) else self.tokenizer.decode(ids.tolist())
             for one, ids in zip(given, prompts, strict=True)
@@ -221,26 +228,23 @@ class Service:
         """Claim a session for this request; None if it begins with it."""
         assert body.session is not None
         place = (owner, body.session)
-        if place in self.busy:
-            message = f"session {body.session!r} is in use by another request"
-            raise Refused(409, "session_busy", message, "session")
-        self.busy.add(place)
+        self.claims.take(*place)
         try:
-            return await asyncio.to_thread(self._load, *place)
+            session = await asyncio.to_thread(self._load, *place)
+            if session is None:
+                await self.claims.begin(*place)
+            return session
         except BaseException:
-            self.busy.discard(place)
+            self.claims.release(*place)
             raise
 
     def _load(self, owner: str, name: str) -> Session | None:
-        if self.sessions.exists(owner, name):
-            try:
-                return self.sessions.load(owner, name)
-            except ValueError as error:
-                raise Refused(409, "session_unusable", str(error), "session") from error
-        if self.sessions.is_full(owner):
-            message = f"a key may have {self.sessions.most} sessions"
-            raise Refused(429, "too_many_sessions", message, "session")
-        return None
+        try:
+            return self.sessions.load(owner, name)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise Refused(409, "session_unusable", str(error), "session") from error
 
     def _submit(self, completion: Completion, session: Session | None) -> None:
         body, per = completion.body, completion.body.n or 1
@@ -252,7 +256,7 @@ class Service:
                 raise Refused(400, "invalid_value", message, "prompt")
             request = Request(
                 prompt,
-                _LENGTH if body.max_tokens is None else body.max_tokens,
+                _length(body),
                 tuple(_sampling(body, n) for n in range(per)),
                 completion.owner,
                 session.state if session else None,
@@ -284,7 +288,11 @@ class Service:
         if self.open[completion.owner] <= 0:
             del self.open[completion.owner]
         if completion.body.session:
-            self.busy.discard((completion.owner, completion.body.session))
+            self.claims.release(completion.owner, completion.body.session)
+
+
+def _length(body: CompletionBody) -> int:
+    return _LENGTH if body.max_tokens is None else body.max_tokens
 
 
 def _sampling(body: CompletionBody, n: int) -> Sampling:

@@ -46,6 +46,8 @@ class Worker:
 
     def close(self) -> None:
         """End all texts where they stand, and the thread behind them."""
+        if self._closed:
+            return
         self.close_texts()
         with self._changed:
             self._closed = True

@@ -248,6 +248,9 @@ Tensor run_blocks(ModelSizes n, int64_t num_blocks, int64_t V, Given given, Recu
     w.mlp_norm = given.vector(n.width);
     w.widen = given.matrix<W>(n.inner, n.width);
     w.narrow = given.matrix<W>(n.inner ? n.width : 0, n.inner);
+    STD_TORCH_CHECK(n.rows() > 0 && before[2 * i].numel() == n.B * n.D &&
+                        (n.conv_width < 2 || before[2 * i + 1].numel() == conv_size),
+                    "`states` must have the batch size of `ids`, B = ", n.B, " >= 1");
     const float* h0 = vector_of(before[2 * i], n.B * n.D);
     Tensor h = torch::stable::new_empty(before[2 * i], {n.B, n.D});
     std::copy(h0, h0 + n.B * n.D, h.mutable_data_ptr<float>());
