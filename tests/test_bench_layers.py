@@ -106,8 +106,9 @@ def test_mixers_are_right_and_timed(quick, monkeypatch, capsys) -> None:
     assert "wrong" not in said
 
 
-def test_bench_stream_checks_and_times_a_symbol(capsys) -> None:
-    assert cli.main(["bench", "stream", "--quick"]) == 0
+def test_bench_stream_checks_and_times_a_symbol(capsys, tmp_path) -> None:
+    assert cli.main(["bench", "stream", "--quick", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "bench-stream.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     for name in ("packed, float32", "packed, int8", "modules", "GPT-2", "minGRU-pytorch minLM"):
         [line] = [one for one in said.split("a symbol of each")[0].splitlines() if name in one]

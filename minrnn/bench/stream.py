@@ -1,11 +1,12 @@
 """How fast does a stream go, and many at once? Symbols of the paper's language model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from minrnn.bench import measure, peers
@@ -237,3 +238,27 @@ def _over_length(model: LanguageModel, lengths: tuple[int, ...], seconds: float)
         for T in lengths
     )
     yield Table("a symbol behind a text", (), "ms", rows)
+
+
+def draw(name: str, tables: Sequence[Table]) -> Figure:
+    """Milliseconds of a symbol, a bar for each entrant; and over the length of the text."""
+    *bars, length = tables
+    sizes = [len(table.rows) for table in bars]
+    figure = Figure(figsize=(9, 1.5 + 0.35 * sum(sizes) + 2.6), layout="constrained")
+    panels: Any = figure.subplots(len(tables), 1, height_ratios=[*sizes, 6])
+    for axes, table in zip(panels, bars, strict=False):
+        rows = [row for row in table.rows if row.value is not None]
+        colours = ["0.6" if row.name == READ else "C0" for row in rows]
+        axes.barh([row.name for row in rows], [row.value for row in rows], color=colours)
+        axes.invert_yaxis()
+        axes.set_title(f"{table.title}, (B, T, D) = {table.shape}", loc="left", fontsize=10)
+    points = [(row.T, row.value) for row in length.rows if row.T and row.value is not None]
+    panels[-1].plot(*zip(*points, strict=True), marker="o")
+    panels[-1].set_xscale("log")
+    panels[-1].set_ylim(0, 1.3 * max((value for _, value in points), default=1))
+    panels[-1].set_title(length.title, loc="left", fontsize=10)
+    panels[-1].set_xlabel("symbols read before")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"minrnn bench {name}: milliseconds")
+    return figure

@@ -121,6 +121,7 @@ BENCHES = {
         stream.measured,
         "Time a symbol of a language model, of one stream and of many, beside other models.",
         "a short context and fewer rounds",
+        stream.draw,
         on_gpu=False,
     ),
     "mixers": _bench(
