@@ -16,7 +16,8 @@ torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 # plugins: importing one changes what serves the operators
-collect_ignore = ["on_triton.py", "without_native.py"]
+# plugins, and what needs a browser: `make test-page`
+collect_ignore = ["on_triton.py", "without_native.py", "page.py"]
 
 
 class Backend(NamedTuple):
