@@ -15,8 +15,7 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
-# plugins: importing one changes what serves the operators
-# plugins, and what needs a browser: `make test-page`
+# plugins: importing one changes what serves the operators; and what needs a browser
 collect_ignore = ["on_triton.py", "without_native.py", "page.py"]
 
 
