@@ -216,14 +216,24 @@ class LanguageModel(nn.Module):
                 weights, or of autocast.
             state: a State of fixed size, one entry for each layer.
         """
-        if ids.dim() != 2 or ids.shape[1] < 1:
-            raise ValueError(f"`ids` must have shape (B, T) with T >= 1, got {tuple(ids.shape)}")
-        if ids.is_floating_point():
-            raise TypeError(f"`ids` must hold integers, got {ids.dtype}")
+        check_ids(ids)
         # (B, T) to (B, T, width)
         x = self.embedding(ids)
         y, last = self.blocks(x, state)
         return self.head(self.norm(y)), last
+
+
+def check_ids(ids: Tensor) -> None:
+    """What every `TextModel` asks of its symbols.
+
+    Raises:
+        ValueError: `ids` has not the shape (B, T) with T >= 1.
+        TypeError: it holds no integers.
+    """
+    if ids.dim() != 2 or ids.shape[1] < 1:
+        raise ValueError(f"`ids` must have shape (B, T) with T >= 1, got {tuple(ids.shape)}")
+    if ids.is_floating_point():
+        raise TypeError(f"`ids` must hold integers, got {ids.dtype}")
 
 
 def build_mixer(config: ModelConfig) -> Mixer:

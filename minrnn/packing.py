@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from minrnn.blocks import Block
 from minrnn.layers import MinGRU, MinLSTM
 from minrnn.mixers import MinimalRNN
-from minrnn.models import LanguageModel
+from minrnn.models import LanguageModel, check_ids
 from minrnn.ops.rows import Packed, WeightDtype, can_run_model, linear_rows, pack, run_model
 from minrnn.state import State
 
@@ -83,7 +83,6 @@ class PackedModel(nn.Module):
         super().__init__()
         self.config, config = model.config, model.config
         self.embedding = nn.Embedding.from_pretrained(model.embedding.weight.detach().clone())
-        self._num_gates = 2 if config.mixer == "mingru" else 3
         self._weights: list[Tensor] = []
         for block in model.blocks:
             assert isinstance(block, Block)
@@ -92,7 +91,8 @@ class PackedModel(nn.Module):
         self._weights = [x.detach().contiguous() for x in self._weights]
         inner = config.mlp_ratio * config.width
         D = config.expansion * config.width
-        self._sizes = [D, self._num_gates, config.conv_width, inner]
+        num_gates = 2 if config.mixer == "mingru" else 3
+        self._sizes = [D, num_gates, config.conv_width, inner]
 
     @property
     def num_weight_bytes(self) -> int:
@@ -110,10 +110,7 @@ class PackedModel(nn.Module):
 
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Read `ids` behind what `state` has read, as `LanguageModel` does."""
-        if ids.dim() != 2 or ids.shape[1] < 1:
-            raise ValueError(f"`ids` must have shape (B, T) with T >= 1, got {tuple(ids.shape)}")
-        if ids.is_floating_point():
-            raise TypeError(f"`ids` must hold integers, got {ids.dtype}")
+        check_ids(ids)
         if state is None:
             state = self.init_state(ids.shape[0])
         if state.batch_size != ids.shape[0]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import httpx
 import torch
 import uvicorn
 
@@ -25,6 +26,7 @@ from minrnn.serve.sessions import SessionStore
 from minrnn.serve.worker import Worker
 
 TEXT = "abcdefgh .,\n"
+ENDLESS = {"model": "tiny", "prompt": "abc", "max_tokens": 100_000, "stream": True}
 
 
 def make_run(folder: Path, tokenizer: Tokenizer | None = None) -> Path:
@@ -83,6 +85,13 @@ def process(run: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[st
         finally:
             if server.poll() is None:
                 server.send_signal(signal.SIGKILL)
+
+
+def ask(address: str, key: str = "", **fields) -> httpx.Response:
+    """Ask for a completion, by fixed settings but for `fields`."""
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 8, "seed": 1} | fields
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.post(f"{address}/v1/completions", json=body, headers=headers, timeout=30)
 
 
 def wait_for(condition, seconds: float = 20.0) -> None:

@@ -3,39 +3,22 @@
 import contextlib
 import json
 import random
-import re
-import signal
 import socket
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-import torch
 
-from minrnn import cli
-from minrnn.checkpoint import read_tensors
-from minrnn.serve import server
 from minrnn.serve.config import Limits
 from minrnn.serve.engine import EngineConfig
-from minrnn.serve.sessions import Session, SessionStore
-from minrnn.state import State
-from tests.serving import make_run, process, served, wait_for
-
-ENDLESS = {"model": "tiny", "prompt": "abc", "max_tokens": 100_000, "stream": True}
+from tests.serving import ENDLESS, ask, make_run, served, wait_for
 
 
 @pytest.fixture
 def run(tmp_path):
     return make_run(tmp_path / "tiny")
-
-
-def ask(address: str, key: str = "", **fields) -> httpx.Response:
-    body = {"model": "tiny", "prompt": "abc", "max_tokens": 8, "seed": 1} | fields
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.post(f"{address}/v1/completions", json=body, headers=headers, timeout=30)
 
 
 def test_keys_share_nothing(run) -> None:
@@ -214,59 +197,6 @@ def test_a_step_that_fails_ends_its_texts_alone(run, monkeypatch) -> None:
         assert not service.open.total()
 
 
-def test_sessions_are_claimed_one_by_one(run) -> None:
-    with served(run, Limits(sessions_per_key=2)) as (address, service):
-        with ThreadPoolExecutor(8) as pool:
-            asked = [pool.submit(ask, address, session=f"s{n}") for n in range(8)]
-            statuses = sorted(one.result().status_code for one in asked)
-        assert statuses[:2] == [200, 200]
-        # those that came while two were under way were refused
-        assert len(service.sessions.names("")) == 2
-        assert set(statuses[2:]) <= {200, 429}
-        assert not service.claims.busy
-
-
-def test_a_session_that_cannot_be_saved_is_said(run, monkeypatch) -> None:
-    with served(run) as (address, service):
-
-        def full(*args: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(service.sessions, "save", full)
-        whole = ask(address, session="x")
-        assert whole.status_code == 500
-        assert whole.json()["error"]["code"] == "session_not_saved"
-        stream = ask(address, session="x", stream=True).text.split("\n\n")
-        assert json.loads(stream[-2].removeprefix("data: "))["error"]["code"] == "session_not_saved"
-        assert not service.claims.busy
-        assert not service.open.total()
-        found = httpx.get(f"{address}/metrics").text
-        assert 'minrnn_http_requests_total{path="/v1/completions",status="500"} 1.0' in found
-
-
-def test_a_session_is_not_deleted_while_it_is_read(run, monkeypatch) -> None:
-    with served(run) as (address, service):
-        assert ask(address, session="x").status_code == 200
-        load, begun, go_on = service.sessions.load, threading.Event(), threading.Event()
-
-        def slow(*args: str) -> Session:
-            begun.set()
-            assert go_on.wait(20)
-            return load(*args)
-
-        monkeypatch.setattr(service.sessions, "load", slow)
-        with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(ask, address, session="x", prompt="")
-            assert begun.wait(20)
-            assert httpx.delete(f"{address}/v1/sessions/x").status_code == 409
-            fork = httpx.post(f"{address}/v1/sessions/y/fork", json={"name": "x"})
-            assert fork.status_code == 409
-            go_on.set()
-            assert asked.result().status_code == 200
-        assert httpx.delete(f"{address}/v1/sessions/x").status_code == 200
-        assert httpx.delete(f"{address}/v1/sessions/x").status_code == 404
-
-
 def test_metrics_count(run) -> None:
     with served(run) as (address, _):
         ask(address, max_tokens=8)
@@ -296,125 +226,3 @@ def test_curl_and_the_page(run) -> None:
         assert page.headers["content-type"].startswith("text/html")
         # it needs nothing from elsewhere
         assert "http" not in page.text
-
-
-def test_sigterm_finishes_what_it_can_and_saves_the_rest(run) -> None:
-    with process(run, "--grace", "1") as (address, server):
-        lines: list[str] = []
-        with httpx.stream("POST", f"{address}/v1/completions", json=ENDLESS, timeout=30) as long_:
-            reading = long_.iter_lines()
-            lines.append(next(reading))
-            short = threading.Thread(target=lambda: lines.append(ask(address, max_tokens=50).text))
-            short.start()
-            short.join()
-            server.send_signal(signal.SIGTERM)
-            lines += [line for line in reading if line]
-        assert lines[-1] == "data: [DONE]"
-        last = json.loads(lines[-2].removeprefix("data: "))["choices"][0]
-        assert last["ended"] == "closed"
-        assert server.wait(20) == 0
-    # the text goes on where it stood
-    name, drawn = last["session"]["name"], last["session"]["num_symbols"] - 3
-    with process(run) as (address, server):
-        assert httpx.get(f"{address}/v1/sessions/{name}").json()["num_symbols"] == drawn + 3
-        assert ask(address, prompt="", session=name).status_code == 200
-
-
-def test_sigkill_leaves_saved_sessions_whole(run) -> None:
-    saved = {}
-    with process(run) as (address, server):
-        for name in ("one", "two"):
-            assert ask(address, session=name, prompt="ab").status_code == 200
-        files = sorted((run / "sessions").glob("*/*.session"))
-        saved = {path: path.read_bytes() for path in files}
-        body = ENDLESS | {"session": "one"}
-        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=30) as answer:
-            # closing the iterator would close the connection
-            lines = answer.iter_lines()
-            next(lines)
-            server.send_signal(signal.SIGKILL)
-            server.wait(20)
-    # what a kill in the middle of a write leaves
-    (files[0].parent / ".one.session.abc.tmp").write_bytes(b"half")
-    assert len(saved) == 2
-    with process(run) as (address, _):
-        assert {path: path.read_bytes() for path in files} == saved
-        assert not list(files[0].parent.glob("*.tmp"))
-        assert httpx.get(f"{address}/v1/sessions").json()["data"] == ["one", "two"]
-        first = ask(address, prompt="", session="one", temperature=0).json()["choices"][0]["text"]
-        httpx.post(f"{address}/v1/sessions/two/fork", json={"name": "three"})
-        assert len(first) == 8
-
-
-def test_one_server_for_one_folder_of_sessions(run) -> None:
-    with process(run) as (address, _):
-        command = ["-m", "minrnn", "serve", str(run), "--port", "0"]
-        again = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, timeout=60
-        )
-        assert again.returncode == 2
-        assert "another process is at work" in again.stderr
-        port = address.rsplit(":", 1)[1]
-        other = make_run(run.parent / "other")
-        command = ["-m", "minrnn", "serve", str(other), "--port", port]
-        again = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, timeout=60
-        )
-        assert again.returncode == 2
-        assert f"cannot listen on 127.0.0.1:{port}" in again.stderr
-
-
-def test_sessions_of_another_model_are_refused(tmp_path) -> None:
-    session = Session(State({"h": torch.ones(1, 2)}), (1,), 5, 0.0, 0.0)
-    SessionStore(tmp_path, "one model").save("me", "x", session)
-    other = SessionStore(tmp_path, "another model")
-    with pytest.raises(ValueError, match="session 'x' is of another model"):
-        other.load("me", "x")
-    [path] = tmp_path.glob("*/x.session")
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged"):
-        SessionStore(tmp_path, "one model").load("me", "x")
-    with pytest.raises(ValueError, match=r"a session's name must be 1 to 64 .* got '../x'"):
-        other.load("me", "../x")
-
-
-def test_session_files_hold_the_state_to_the_bit(tmp_path) -> None:
-    store = SessionStore(tmp_path, "a model")
-    state = State({"0": State({"h": torch.randn(1, 7), "conv": torch.randn(1, 3, 2).double()})})
-    store.save("me", "x", Session(state, (3, 4), 9, 1.5, 2.5))
-    found = store.load("me", "x")
-    assert (found.unread, found.num_symbols, found.created, found.updated) == ((3, 4), 9, 1.5, 2.5)
-    for name, x in found.state.flatten().items():
-        assert torch.equal(x, state.flatten()[name])
-    [path] = tmp_path.glob("*/x.session")
-    assert set(read_tensors(path)[0]) == {"0.h", "0.conv"}
-
-
-def test_key_files(tmp_path) -> None:
-    path = tmp_path / "keys"
-    with pytest.raises(FileNotFoundError, match="`keys` must name a file of API keys"):
-        server.read_keys(path)
-    path.write_text("# ours\n\n")
-    with pytest.raises(ValueError, match="at least one API key"):
-        server.read_keys(path)
-    path.write_text("# ours\n one \ntwo\n")
-    assert server.read_keys(path) == ["one", "two"]
-
-
-def test_the_command_refuses_in_one_line(run, tmp_path, monkeypatch, capsys) -> None:
-    for arguments, message in (
-        ([tmp_path / "none"], "none is not a run folder"),
-        ([run, "--port", "70000"], r"`port` must be in \[0, 65535\], got 70000"),
-        ([run, "--keys", tmp_path / "keys"], "`keys` must name a file of API keys"),
-        ([run, "--streams", "0"], "`streams` must be >= 1, got 0"),
-        ([run, "--device", "none"], "`device` must be one of this machine's, got 'none'"),
-    ):
-        assert cli.main(["serve", *map(str, arguments)]) == 2
-        said = capsys.readouterr()
-        assert said.out == ""
-        assert re.fullmatch(f"minrnn serve: .*{message}.*\n", said.err), said.err
-    monkeypatch.setitem(sys.modules, "minrnn.serve.server", None)
-    assert cli.main(["serve", str(run)]) == 2
-    assert "pip install 'minrnn[serve]'" in capsys.readouterr().err

@@ -34,32 +34,36 @@ def _accept(body: dict) -> None:
         body |= {"max_tokens": len(str(body)) % 20, "n": 1, "prompt": body.get("prompt") or "abc"}
 
 
+def _ask(operation) -> set[int]:
+    """Make requests of one kind; the statuses of the answers."""
+    statuses: set[int] = set()
+
+    @settings(
+        max_examples=100,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy())
+    def ask(case) -> None:
+        if isinstance(case.body, dict) and "model" in case.body:
+            _accept(case.body)
+        answer = case.call()
+        assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+        statuses.add(answer.status_code)
+
+    ask()
+    return statuses
+
+
 def test_no_request_ends_in_a_500(tmp_path) -> None:
-    answered: dict[str, set[int]] = {}
     limits = Limits(length=20, seconds=5.0)
     with served(make_run(tmp_path / "tiny", Bytes()), limits) as (address, service):
         described = schemathesis.openapi.from_url(f"{address}/openapi.json")
-        for found in described.get_all_operations():
-            operation = found.ok()
-            statuses = answered.setdefault(operation.label, set())
-
-            @settings(
-                max_examples=100,
-                deadline=None,
-                derandomize=True,
-                database=None,
-                phases=[Phase.explicit, Phase.generate],
-                suppress_health_check=list(HealthCheck),
-            )
-            @given(case=operation.as_strategy())
-            def ask(case) -> None:
-                if isinstance(case.body, dict) and "model" in case.body:
-                    _accept(case.body)
-                answer = case.call()
-                assert answer.status_code < 500, (case.as_curl_command(), answer.text)
-                statuses.add(answer.status_code)  # noqa: B023
-
-            ask()
+        operations = [found.ok() for found in described.get_all_operations()]
+        answered = {operation.label: _ask(operation) for operation in operations}
         assert service.worker.num_errors == 0
         assert not service.open.total()
         assert not service.claims.busy

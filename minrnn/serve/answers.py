@@ -8,12 +8,9 @@ from typing import Any
 
 from minrnn.data.tokenizers import Tokenizer
 from minrnn.serve.choices import Choice, Decoding, Delta
-from minrnn.serve.requests import Reason, Scored
+from minrnn.serve.requests import Scored
 from minrnn.serve.schemas import Refused, error
 from minrnn.serve.service import Completion, Service
-
-# what OpenAI's clients know; `ended` beside it says more
-_FINISHED: dict[Reason, str] = {"stop": "stop"}
 
 
 async def whole(service: Service, completion: Completion) -> dict[str, Any]:
@@ -153,7 +150,8 @@ def _choice(completion: Completion, index: int, text: str, logprobs: Any) -> dic
         "index": index,
         "text": text,
         "logprobs": logprobs,
-        "finish_reason": _FINISHED.get(ending.reason, "length"),
+        # what OpenAI's clients know; `ended` beside it says more
+        "finish_reason": "stop" if ending.reason == "stop" else "length",
         "ended": ending.reason,
     }
     if index in completion.saved:

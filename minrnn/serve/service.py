@@ -35,8 +35,8 @@ class Completion:
     # one for each choice
     prompts: list[Tensor]
     prompt_texts: list[str]
-    # read and drawn before, in the session
-    num_before: int = 0
+    # where its session stood
+    session: Session | None = None
     created: float = field(default_factory=time.time)
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     saved: dict[int, tuple[str, Session]] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Service:
         try:
             session = await self._take(body, owner) if body.session else None
         except BaseException:
-            self.open[owner] -= num_texts
+            self._close(owner, num_texts)
             raise
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         choices = [Choice(self.tokenizer, stops) for _ in range(num_texts)]
@@ -94,10 +94,10 @@ class Service:
             choices,
             [prompt for prompt in prompts for _ in range(per)],
             [text for text in texts for _ in range(per)],
-            session.num_symbols if session else 0,
+            session,
         )
         try:
-            self._submit(completion, session)
+            self._submit(completion)
         except BaseException:
             self._release(completion)
             raise
@@ -246,8 +246,8 @@ class Service:
         except ValueError as error:
             raise Refused(409, "session_unusable", str(error), "session") from error
 
-    def _submit(self, completion: Completion, session: Session | None) -> None:
-        body, per = completion.body, completion.body.n or 1
+    def _submit(self, completion: Completion) -> None:
+        body, per, session = completion.body, completion.body.n or 1, completion.session
         unread = torch.tensor(session.unread if session else (), dtype=torch.int64)
         for start in range(0, len(completion.choices), per):
             prompt = torch.cat([unread, completion.prompts[start]])
@@ -274,21 +274,24 @@ class Service:
         if name is None and ending.reason != "closed":
             return
         name = name or f"{completion.id}-{index}"
-        num_symbols = completion.num_before + len(completion.prompts[index]) + choice.num_drawn
-        now = time.time()
+        now, num_symbols = time.time(), len(completion.prompts[index]) + choice.num_drawn
         created = now
-        if self.sessions.exists(completion.owner, name):
-            created = (await asyncio.to_thread(self.sessions.load, completion.owner, name)).created
+        if completion.session is not None:
+            created = completion.session.created
+            num_symbols += completion.session.num_symbols
         session = Session(ending.state, ending.unread, num_symbols, created, now)
         await asyncio.to_thread(self.sessions.save, completion.owner, name, session)
         completion.saved[index] = (name, session)
 
     def _release(self, completion: Completion) -> None:
-        self.open[completion.owner] -= len(completion.choices)
-        if self.open[completion.owner] <= 0:
-            del self.open[completion.owner]
+        self._close(completion.owner, len(completion.choices))
         if completion.body.session:
             self.claims.release(completion.owner, completion.body.session)
+
+    def _close(self, owner: str, num_texts: int) -> None:
+        self.open[owner] -= num_texts
+        if self.open[owner] <= 0:
+            del self.open[owner]
 
 
 def _length(body: CompletionBody) -> int:
