@@ -130,7 +130,8 @@ def test_a_client_that_vanishes_frees_its_place(run, after) -> None:
         for _ in range(3):
             _vanish(address, after)
         engine = service.worker.engine
-        if after:
+        # one byte is of the headers, sent before anything is drawn
+        if after > 1000:
             assert engine.num_read > 0
         wait_for(lambda: not service.open.total() and not engine.busy)
         assert ask(address).status_code == 200
