@@ -134,7 +134,7 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(model.eval(), tokenizer)
 
 
-def save_weights(folder: Path, model: torch.nn.Module, step: int) -> None:
+def save_weights(folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
     """Write the weights of the run `folder` as they were at `step`.
 
     With them goes what its `config.json` says of the model and the tokenizer.
@@ -143,7 +143,7 @@ def save_weights(folder: Path, model: torch.nn.Module, step: int) -> None:
     kept = ("model", "decision_model", "tokenizer")
     notes = {name: config[name] for name in kept if name in config}
     notes["step"] = step
-    write_tensors(folder / WEIGHTS, model.state_dict(), notes)
+    write_tensors(folder / WEIGHTS, weights, notes)
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -27,11 +27,12 @@ class Progress:
     Args:
         steps: of the whole training.
         tokens_per_step: symbols in one batch.
+        shown: False says nothing, e.g. in all processes but one.
     """
 
-    def __init__(self, steps: int, tokens_per_step: int) -> None:
-        self.steps, self.tokens_per_step = steps, tokens_per_step
-        self.live = sys.stdout.isatty()
+    def __init__(self, steps: int, tokens_per_step: int, shown: bool = True) -> None:
+        self.steps, self.tokens_per_step, self.shown = steps, tokens_per_step, shown
+        self.live = shown and sys.stdout.isatty()
         columns = (
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
@@ -85,7 +86,7 @@ class Progress:
             figures += f" {speed:,.0f} tokens/s"
             self._bar.update(self._training, completed=event.step, figures=figures)
         due = now - self._last_line >= _LINE_EVERY
-        if not self.live and (due or event.valid_loss is not None):
+        if self.shown and not self.live and (due or event.valid_loss is not None):
             self._last_line = now
             left = (self.steps - event.step) / rate if rate else math.nan
             line = f"step={event.step}/{self.steps} loss={self._loss:.4f}"

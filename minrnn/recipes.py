@@ -6,6 +6,7 @@ from typing import Literal
 
 from minrnn.configs import check_fields
 from minrnn.data.tokenizers import Kind, bpe_size
+from minrnn.data.windows import Order
 from minrnn.decision import DecisionConfig
 from minrnn.models import ModelConfig
 from minrnn.train_config import TrainConfig
@@ -32,6 +33,10 @@ class TextConfig:
     """What a symbol is: characters, bytes, or bpe:V for V pieces of words, e.g. bpe:4096."""
     context: int = 256
     """Symbols in a training window."""
+    windows: Order = "random"
+    """Which windows a step reads. random: from random places. shuffled: each window of the text
+    once in a pass. consecutive: each row goes on where it ended in the step before, and so does the
+    state of the model; gradients end there."""
     valid_fraction: float = 0.1
     """The last part of the text, which is only validated on."""
     valid_limit: int = 0
@@ -97,6 +102,9 @@ class RlConfig:
     """Steps in a window."""
     best: float = 1.0
     """Share of the steps that is learnt from: those of the episodes with the highest returns."""
+    observation_noise: float = 0.0
+    """Deviation of the noise on what is observed in training, in deviations of the data. Without
+    it a model can tell the action from the observation alone, and need not look at the return."""
     target: float | None = None
     """The return that is asked for when the model acts; None for 3,600 (Hopper), 12,000
     (HalfCheetah), 5,000 (Walker2d), or the highest of the data."""
@@ -109,6 +117,8 @@ class RlConfig:
         check_fields(self)
         if self.context < 1:
             raise ValueError(f"`context` must be >= 1, got {self.context}")
+        if self.observation_noise < 0:
+            raise ValueError(f"`observation_noise` must be >= 0, got {self.observation_noise}")
         if not 0 < self.best <= 1:
             raise ValueError(f"`best` must be in (0, 1], got {self.best}")
         if self.reference is not None and self.reference[0] >= self.reference[1]:

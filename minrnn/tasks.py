@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from minrnn import losses
 from minrnn.data.batch import Batch
-from minrnn.data.text import Corpus
 from minrnn.data.trajectories import Trajectories, windows
+from minrnn.data.windows import Windows
 
 # a seed that no training step has
 _VALIDATION = 1 << 40
@@ -16,21 +16,26 @@ _VALIDATION = 1 << 40
 class TextTask:
     """Windows of a corpus, and the cross-entropy of the next symbol."""
 
-    def __init__(self, corpus: Corpus, context: int, valid_limit: int) -> None:
-        corpus.check_windows(context)
-        self.corpus, self.context, self.valid_limit = corpus, context, valid_limit
+    def __init__(self, windows: Windows, valid_limit: int = 0) -> None:
+        windows.corpus.check_windows(windows.context)
+        self.windows, self.valid_limit = windows, valid_limit
 
-    def batch(self, batch_size: int, seed: tuple[int, ...]) -> Batch:
-        """Windows from random places of the training part."""
-        return self.corpus.random_batch(self.context, batch_size, seed)
+    def batch(self, batch_size: int, seed: tuple[int, ...], rows: slice = slice(None)) -> Batch:
+        """Windows of the training part."""
+        return self.windows.batch(batch_size, seed, rows)
+
+    def goes_on(self, step: int) -> bool:
+        """Whether the windows of `step` stand behind those of the step before."""
+        return self.windows.goes_on(step)
 
     def validation(self, batch_size: int) -> Iterator[Batch]:
         """The validation part, or as much of it as `valid_limit` says."""
-        return self.corpus.windows(self.context, batch_size, self.valid_limit)
+        windows = self.windows
+        return windows.corpus.windows(windows.context, batch_size, self.valid_limit)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, answers: Tensor, batch: Batch) -> Tensor:
         """Nats per symbol."""
-        return losses.next_symbol(model, batch)
+        return losses.next_symbol(answers, batch)
 
 
 class DecisionTask:
@@ -40,18 +45,23 @@ class DecisionTask:
     validation loss is that of the same eight batches of the data each time.
     """
 
-    def __init__(self, data: Trajectories, steps: int) -> None:
-        self.data, self.steps = data, steps
+    def __init__(self, data: Trajectories, steps: int, observation_noise: float = 0.0) -> None:
+        self.data, self.steps, self.observation_noise = data, steps, observation_noise
 
-    def batch(self, batch_size: int, seed: tuple[int, ...]) -> Batch:
+    def batch(self, batch_size: int, seed: tuple[int, ...], rows: slice = slice(None)) -> Batch:
         """Windows from random places."""
-        return windows(self.data, self.steps, batch_size, seed)
+        noise = self.observation_noise
+        return windows(self.data, self.steps, batch_size, seed, noise).rows(rows)
+
+    def goes_on(self, step: int) -> bool:
+        """Never: each window begins anew."""
+        return False
 
     def validation(self, batch_size: int) -> Iterator[Batch]:
         """Eight batches that are always the same."""
         seeds = ((_VALIDATION, number) for number in range(8))
         return (windows(self.data, self.steps, batch_size, seed) for seed in seeds)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, answers: Tensor, batch: Batch) -> Tensor:
         """Squared error for each number of an action."""
-        return losses.action_error(model, batch)
+        return losses.action_error(answers, batch)

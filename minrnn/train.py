@@ -2,7 +2,8 @@
 
 Every step's randomness (its windows, its dropout) is a function of (seed, step) alone, and a save
 is one file that is renamed into place. A run that was killed therefore goes on from its last save
-to the same weights and metrics, bit for bit on the CPU with the same number of threads.
+to the same weights and metrics, bit for bit on the CPU with the same number of threads. Batch,
+schedule and metrics are those of one process, however many train.
 """
 
 import contextlib
@@ -15,30 +16,35 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from minrnn import checkpoint
+from minrnn import checkpoint, gradients, launching, ranks, training_state
 from minrnn.data.batch import Batch
+from minrnn.evaluation import evaluate
 from minrnn.files import locked, remove_leftovers
 from minrnn.interrupts import Interrupts
+from minrnn.state import State
 from minrnn.train_config import TrainConfig
 
 
 class Task(Protocol):
     """What is learnt: batches as a function of the seed, and a loss."""
 
-    def batch(self, batch_size: int, seed: tuple[int, ...]) -> Batch:
-        """A training batch that depends on `seed` alone."""
+    def batch(self, batch_size: int, seed: tuple[int, ...], rows: slice = slice(None)) -> Batch:
+        """The `rows` of a training batch that depends on `seed` = (seed, step, part) alone."""
+        ...
+
+    def goes_on(self, step: int) -> bool:
+        """Whether the batch of `step` begins where that of the step before ended."""
         ...
 
     def validation(self, batch_size: int) -> Iterable[Batch]:
         """The validation part, the same each time."""
         ...
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss over the targets that count."""
+    def loss(self, answers: Tensor, batch: Batch) -> Tensor:
+        """The mean loss of what the model answers, over the targets that count."""
         ...
 
 
@@ -66,36 +72,6 @@ class NonFiniteLossError(ArithmeticError):
     """The loss or the gradient became infinite or NaN; the last save is untouched."""
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], batches: Iterable[Batch]
-) -> float:
-    """Measure the mean loss over all targets of `batches`, with dropout off.
-
-    Args:
-        model: left in the mode (training or not) that it was in.
-        loss: (model, batch) -> the mean over the targets of the batch that count.
-        batches: brought to the device of the model.
-
-    Returns:
-        The mean over all targets, each counting once.
-
-    Raises:
-        ValueError: no target counts.
-    """
-    training = model.training
-    model.eval()
-    total, num_targets = 0.0, 0
-    device = next(model.parameters()).device
-    for batch in batches:
-        total += loss(model, _to(batch, device)).item() * batch.num_targets
-        num_targets += batch.num_targets
-    model.train(training)
-    if num_targets == 0:
-        raise ValueError("`batches` must hold at least one target, got none")
-    return total / num_targets
-
-
 def train(
     model: nn.Module,
     task: Task,
@@ -117,26 +93,16 @@ def train(
 
     Raises:
         NonFiniteLossError: the loss or gradient is not finite.
+        ProcessLostError: another process of the training ended.
         SaveError: a save failed; the one before is whole.
         ValueError: the saved state is damaged or not this model's, or another process trains in
             `folder`.
     """
     with (
-        locked(folder / ".lock"),
         Interrupts() as interrupts,
         contextlib.closing(_Loop(model, task, config, folder)) as loop,
     ):
-        loop.restore()
-        while not loop.over:
-            event = loop.update()
-            report(event)
-            if loop.step % config.eval_every == 0 or loop.step == config.steps:
-                report(loop.validate(event))
-                loop.save()
-            elif interrupts.requested:
-                loop.save()
-            if interrupts.requested:
-                break
+        loop.run(report, interrupts)
     return Result(loop.step, loop.best_loss, loop.best_step, not loop.over)
 
 
@@ -146,14 +112,39 @@ class _Loop:
     def __init__(self, model: nn.Module, task: Task, config: TrainConfig, folder: Path) -> None:
         self.task, self.config, self.folder = task, config, folder
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
-        self.accelerator = _accelerator(config, folder)
-        self.raw_model = model
-        self.optimizer = _optimizer(model, config)
-        self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
+        self.ranks = ranks.of(config.time_ranks)
+        self.stack = contextlib.ExitStack()
+        ranks.on_first(lambda: self.stack.enter_context(locked(folder / ".lock")))
+        launched = launching.launch(model, config, self.ranks, folder)
+        self.accelerator, self.model, self.optimizer, self.prepared = launched
+        self.raw_model = self.accelerator.unwrap_model(self.model)
         self.model.train()
+        # behind the batch before, if the next goes on there; one for each part of a batch
+        self.carried: list[State | None] = [None] * config.accumulation
         self.metrics_path = folder / "metrics.jsonl"
         self.metrics: BinaryIO | None = None
-        self.tracking = False
+
+    def run(self, report: Callable[[Event], None], interrupts: Interrupts) -> None:
+        """To the end, or until a process is asked to stop."""
+        self.restore()
+        try:
+            while not self.over:
+                event = self.update()
+                report(event)
+                # one that was asked stops all, after the same step
+                stop = self.ranks.sums(interrupts.requested)[0]
+                if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
+                    report(self.validate(event))
+                    self.save()
+                elif stop:
+                    self.save()
+                if stop:
+                    break
+        except RuntimeError as error:
+            if self.ranks.count == 1 or not ranks.is_lost(error):
+                raise
+            lost = f"another process ended after step {self.step}; {self._kept()}"
+            raise ranks.ProcessLostError(lost) from error
 
     @property
     def _last(self) -> Path:
@@ -169,27 +160,31 @@ class _Loop:
 
     def restore(self) -> None:
         """Take up the last save, drop what was written after it, open the logs."""
-        self._last.parent.mkdir(exist_ok=True)
-        for folder in (self.folder, self._last.parent):
-            remove_leftovers(folder)
+        ranks.on_first(self._tidy)
         metrics_size = 0
         if self._last.is_file():
             metrics_size = self._restore_last()
         elif (self.folder / checkpoint.WEIGHTS).exists():
             # weights are written after the state that they belong to
             raise ValueError(f"{self.folder} has weights, but {self._last} is missing")
-        self.metrics = self.metrics_path.open("ab")
-        found = self.metrics_path.stat().st_size
-        if found < metrics_size:
-            raise ValueError(
-                f"{self.metrics_path} is damaged: it must have at least {metrics_size} bytes, "
-                f"got {found}"
-            )
-        self.metrics.truncate(metrics_size)
+        ranks.on_first(lambda: self._open_metrics(metrics_size))
         self.accelerator.init_trackers(
             "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}}
         )
-        self.tracking = True
+
+    def _tidy(self) -> None:
+        self._last.parent.mkdir(exist_ok=True)
+        for folder in (self.folder, self._last.parent):
+            remove_leftovers(folder)
+
+    def _open_metrics(self, size: int) -> None:
+        self.metrics = self.metrics_path.open("ab")
+        found = self.metrics_path.stat().st_size
+        if found < size:
+            raise ValueError(
+                f"{self.metrics_path} is damaged: it must have at least {size} bytes, got {found}"
+            )
+        self.metrics.truncate(size)
 
     def _restore_last(self) -> int:
         """Take up the last save; how long the metrics were then."""
@@ -202,56 +197,94 @@ class _Loop:
         except KeyError as error:
             raise ValueError(f"{self._last} is no training state: it has no {error}") from error
         self.best_loss = math.inf if best_loss is None else best_loss
-        self._put(tensors)
+        carried = training_state.put(
+            tensors, self.raw_model, self.optimizer, self.ranks, self._last
+        )
+        self.carried = [carried.get(number) for number in range(self.config.accumulation)]
         weights = self.folder / checkpoint.WEIGHTS
         if self.best_step and not weights.is_file() and self.step != self.best_step:
             raise ValueError(f"{weights} is missing: the best weights, of step {self.best_step}")
         if self.step == self.best_step and not self._has_weights_of(self.step):
             # the process was killed before it wrote them
-            checkpoint.save_weights(self.folder, self.raw_model, self.step)
+            self._save_weights(training_state.weights(self.raw_model))
         return metrics_size
 
     def _has_weights_of(self, step: int) -> bool:
         weights = self.folder / checkpoint.WEIGHTS
         return weights.is_file() and checkpoint.read_tensors(weights)[1].get("step") == step
 
+    def _save_weights(self, weights: dict[str, Tensor]) -> None:
+        ranks.on_first(lambda: checkpoint.save_weights(self.folder, weights, self.step))
+
     def update(self) -> Event:
         """One step: forward, backward, clip, AdamW."""
         config, step = self.config, self.step
         # all randomness of the step, dropout included
-        torch.manual_seed(_step_seed(config.seed, step))
+        torch.manual_seed(ranks.step_seed(config.seed, step, self.ranks.number))
         learning_rate = config.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        losses, norm = [], torch.zeros(())
-        for part in range(config.accumulation):
-            seed = (config.seed, step, part)
-            batch = self.task.batch(config.batch_size // config.accumulation, seed)
-            with self.accelerator.accumulate(self.model):
-                loss = self.task.loss(self.model, _to(batch, self.accelerator.device))
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    norm = self._clip()
-                losses.append(loss.detach())
-                self._require_finite(losses[-1], norm)
-                self.prepared.step()
-                self.prepared.zero_grad()
+        losses = [self._add_gradient(part) for part in range(config.accumulation)]
+        # each has its share of the mean
+        loss = self.ranks.sums(torch.stack(losses).mean().item())[0] / self.ranks.count
+        self._require_finite("the loss", loss)
+        norm = self._clip()
+        # in fp16 the scaler skips steps whose gradient overflowed, and halves its scale; a gradient
+        # that is too large without it will stay so
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() <= 1:
+            self._require_finite("the gradient's norm", norm)
+        self.prepared.step()
+        self.prepared.zero_grad()
         self.step += 1
-        event = Event(self.step, torch.stack(losses).mean().item(), learning_rate)
         if self.step % config.log_every == 0:
-            values = {"loss": event.loss, "learning_rate": learning_rate}
+            values = {"loss": loss, "learning_rate": learning_rate}
             if math.isfinite(norm):
-                values["grad_norm"] = float(norm)
-            if self.accelerator.scaler is not None:
-                values["loss_scale"] = self.accelerator.scaler.get_scale()
+                values["grad_norm"] = norm
+            if scaler is not None:
+                values["loss_scale"] = scaler.get_scale()
             self._log(values)
-        return event
+        return Event(self.step, loss, learning_rate)
+
+    def _add_gradient(self, part: int) -> Tensor:
+        """Run one part of the batch forward and backward; its loss."""
+        config, accelerator, among = self.config, self.accelerator, self.ranks
+        size = config.batch_size // config.accumulation
+        seed = (config.seed, self.step, part)
+        batch = among.part(self.task.batch(size, seed, among.rows(size)))
+        batch = batch.to(accelerator.device)
+        # the mean over all processes of their shares is the mean over the targets of all
+        count = among.sums(batch.num_targets)[0] / among.count
+        state = self.carried[part] if self.task.goes_on(self.step) else None
+        scaler = accelerator.scaler
+
+        def scale(loss: Tensor) -> Tensor:
+            loss = loss / config.accumulation
+            return loss if scaler is None else scaler.scale(loss)
+
+        def unsynced() -> contextlib.AbstractContextManager[Any]:
+            return accelerator.no_sync(self.model)
+
+        last = part + 1 == config.accumulation
+        with contextlib.nullcontext() if last else unsynced():
+            loss, self.carried[part] = gradients.backward(
+                self.model,
+                self.task.loss,
+                batch,
+                chunk=config.chunk,
+                count=count,
+                state=state,
+                scale=scale,
+                unsynced=unsynced,
+            )
+        if not self.task.goes_on(self.step + 1):
+            self.carried[part] = None
+        return loss
 
     def validate(self, event: Event) -> Event:
         """Measure the validation loss."""
-        valid_loss = evaluate(
-            self.model, self.task.loss, self.task.validation(self.config.batch_size)
-        )
+        batches = self.task.validation(self.config.batch_size)
+        valid_loss = evaluate(self.model, self.task.loss, batches, self.ranks)
         if not math.isfinite(valid_loss):
             raise self._not_finite("the validation loss", valid_loss, self.step)
         self._log({"valid_loss": valid_loss})
@@ -261,6 +294,12 @@ class _Loop:
 
     def save(self) -> None:
         """Everything that `restore` needs, in one file; then the weights, if they are the best."""
+        tensors = training_state.take(self.raw_model, self.optimizer, self.carried, self.ranks)
+        ranks.on_first(lambda: self._write(tensors))
+        if self.step == self.best_step:
+            self._save_weights(training_state.under("model.", tensors))
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
         assert self.metrics is not None
         try:
             self.metrics.flush()
@@ -275,97 +314,40 @@ class _Loop:
         }
         if self.accelerator.scaler is not None:
             notes["scaler"] = self.accelerator.scaler.state_dict()
-        checkpoint.write_tensors(self._last, self._take(), notes)
-        if self.step == self.best_step:
-            checkpoint.save_weights(self.folder, self.raw_model, self.step)
+        checkpoint.write_tensors(self._last, tensors, notes)
 
     def close(self) -> None:
-        """Close the logs."""
+        """Close the logs, give the folder free."""
         if self.metrics is not None:
             self.metrics.close()
-        if self.tracking:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            # `end_training` would also end the group of processes
+            tracker.finish()
         # Accelerate keeps its settings for the process; the next training may want others
         AcceleratorState._reset_state(reset_partial_state=True)
+        self.stack.close()
 
-    def _clip(self) -> Tensor:
+    def _clip(self) -> float:
         """Clip the gradient; the norm it had."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         assert norm is not None
-        return torch.as_tensor(norm)
-
-    def _take(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": x for name, x in self.raw_model.state_dict().items()}
-        for name, parameter in self.raw_model.named_parameters():
-            for moment, x in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{moment}"] = x
-        return tensors
-
-    def _put(self, tensors: dict[str, Tensor]) -> None:
-        model = ((n, x) for n, x in tensors.items() if n.startswith("model."))
-        weights = {n.removeprefix("model."): x for n, x in model}
-        checkpoint.load_weights(self.raw_model, weights, self._last)
-        for name, parameter in self.raw_model.named_parameters():
-            prefix = f"optimizer.{name}."
-            found = ((n, x) for n, x in tensors.items() if n.startswith(prefix))
-            moments = {n.removeprefix(prefix): x for n, x in found}
-            device = parameter.device
-            self.optimizer.state[parameter] = {
-                moment: x if moment == "step" else x.to(device) for moment, x in moments.items()
-            }
+        return float(training_state.whole(torch.as_tensor(norm)))
 
     def _log(self, values: dict[str, Any]) -> None:
         line = json.dumps({"step": self.step} | values)
-        assert self.metrics is not None
-        self.metrics.write(line.encode() + b"\n")
+        if self.metrics is not None:
+            self.metrics.write(line.encode() + b"\n")
         self.accelerator.log(values, step=self.step)
 
-    def _require_finite(self, loss: Tensor, norm: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise self._not_finite("the loss", loss.item(), self.step + 1)
-        # in fp16 the scaler skips steps whose gradient overflowed, and halves its scale; a gradient
-        # that is too large without it will stay so
-        scaler = self.accelerator.scaler
-        if not torch.isfinite(norm) and (scaler is None or scaler.get_scale() <= 1):
-            raise self._not_finite("the gradient's norm", float(norm), self.step + 1)
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise self._not_finite(what, value, self.step + 1)
 
     def _not_finite(self, what: str, value: float, step: int) -> NonFiniteLossError:
-        kept = "there was no save yet"
-        if self._last.is_file():
-            kept = f"the save of step {checkpoint.read_tensors(self._last)[1]['step']} is kept"
-        return NonFiniteLossError(f"{what} became {value} in step {step}; {kept} in {self.folder}")
+        return NonFiniteLossError(f"{what} became {value} in step {step}; {self._kept()}")
 
-
-def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulation,
-        log_with="tensorboard",
-        project_dir=folder,
-    )
-    if accelerator.num_processes > 1:
-        raise ValueError(f"one process trains a run for now, got {accelerator.num_processes}")
-    if config.precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate (1.15) trains in float32 then, without a word; torch has what it takes
-        accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu")
-    return accelerator
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
-
-
-def _step_seed(seed: int, step: int) -> int:
-    # spread over 63 bits, so that neighbouring seeds share no steps
-    return (seed * 0x9E3779B97F4A7C15 + step + 1) % (1 << 63)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.inputs.to(device), batch.targets.to(device), batch.mask.to(device))
+    def _kept(self) -> str:
+        if not self._last.is_file():
+            return f"there was no save yet in {self.folder}"
+        step = checkpoint.read_tensors(self._last)[1]["step"]
+        return f"the save of step {step} is kept in {self.folder}"

@@ -23,6 +23,12 @@ class TrainConfig:
     """Sequences in one update."""
     accumulation: int = 1
     """Parts that each batch is computed in, to save memory."""
+    chunk: int = 0
+    """Steps of a sequence whose activations are kept at a time, for sequences that do not fit:
+    gradients are those of the whole all the same. 0 keeps all."""
+    time_ranks: int = 1
+    """Processes that share the time of each sequence (torchrun, accelerate launch); the others
+    share the batch."""
     learning_rate: float = 1e-3
     """After the warm-up."""
     min_learning_rate: float = 1e-4
@@ -60,9 +66,9 @@ class TrainConfig:
             "in [0, 1)": lambda x: 0 <= x < 1,
         }
         for names, range_ in (
-            ("steps batch_size accumulation eval_every log_every", ">= 1"),
+            ("steps batch_size accumulation time_ranks eval_every log_every", ">= 1"),
             ("learning_rate clip_norm", "> 0"),
-            ("min_learning_rate warmup_steps weight_decay patience seed", ">= 0"),
+            ("chunk min_learning_rate warmup_steps weight_decay patience seed", ">= 0"),
             ("beta1 beta2", "in [0, 1)"),
         ):
             for name in names.split():
@@ -70,6 +76,11 @@ class TrainConfig:
                     raise ValueError(f"`{name}` must be {range_}, got {getattr(self, name)}")
         if self.patience and self.keep == "last":
             raise ValueError("`patience` waits for a best loss, and `keep` is 'last'")
+        if self.chunk and self.time_ranks > 1:
+            raise ValueError(
+                f"`chunk` = {self.chunk} cuts what `time_ranks` = {self.time_ranks} processes hold "
+                "parts of; give one of them"
+            )
         if self.seed >= 1 << 63:
             raise ValueError(f"`seed` must be below 2^63, got {self.seed}")
         if self.batch_size % self.accumulation:

@@ -127,7 +127,7 @@ def test_the_loss_is_the_mean_over_steps_that_are_there() -> None:
         for t in range(8)
         if batch.mask[b, t]
     ]
-    assert action_error(model, batch).item() == pytest.approx(np.mean(errors), rel=1e-5)
+    assert action_error(told, batch).item() == pytest.approx(np.mean(errors), rel=1e-5)
 
 
 def test_wrong_sizes_are_named() -> None:

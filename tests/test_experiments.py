@@ -45,13 +45,13 @@ def test_selective_copying_goes_on_and_is_the_same(small_copying, tmp_path, monk
     calls = 0
 
     class Impatient(selective_copying.CopyingTask):
-        def batch(self, batch_size, seed):
+        def batch(self, batch_size, seed, rows=slice(None)):
             nonlocal calls
             if seed[0] < 2:
                 calls += 1
                 if calls % 4 == 0:
                     raise KeyboardInterrupt
-            return super().batch(batch_size, seed)
+            return super().batch(batch_size, seed, rows)
 
     monkeypatch.setattr(selective_copying, "CopyingTask", Impatient)
     ends = []

@@ -16,14 +16,15 @@ PACKAGE = Path(minrnn.__file__).parent
 # storeys from the bottom up: a module imports from its own storey or from those below
 STOREYS = [
     {"ops", "files", "configs"},
-    {"state", "onnx", "sampling"},
+    {"state", "distributed", "onnx", "sampling"},
     {"layers"},
     {"mixers"},
     {"blocks"},
     {"models"},
     {"decision"},
     {"data", "losses"},
-    {"checkpoint", "tasks", "train_config"},
+    {"checkpoint", "tasks", "train_config", "ranks", "gradients"},
+    {"training_state", "launching", "evaluation"},
     {"train", "stream", "interrupts", "packing"},
     {"serve"},
     {"plots", "progress", "recipes", "acting"},

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from minrnn.data import shakespeare, text, tokenizers
 from minrnn.data.tokenizers import Bytes, Characters
+from minrnn.data.windows import Windows, permuted
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "tinyshakespeare.txt"
 MIXED = "a,é—漢🎭\r\n\tz" * 50
@@ -112,8 +114,8 @@ def test_damaged_corpora_are_named(tmp_path) -> None:
 
 def test_random_batches_depend_on_the_seed_alone(tmp_path) -> None:
     corpus = _build(tmp_path, MIXED.encode())
-    first, again = (corpus.random_batch(8, 4, (1, 2)) for _ in range(2))
-    other = corpus.random_batch(8, 4, (1, 3))
+    first, again = (Windows(corpus, 8).batch(4, (1, 2)) for _ in range(2))
+    other = Windows(corpus, 8).batch(4, (1, 3))
     assert first.inputs.equal(again.inputs)
     assert not first.inputs.equal(other.inputs)
     # each target is the input one step later, and all come from the training part
@@ -125,9 +127,58 @@ def test_random_batches_depend_on_the_seed_alone(tmp_path) -> None:
 
 def test_every_place_of_the_training_part_is_drawn(tmp_path) -> None:
     corpus = _build(tmp_path, bytes(range(40)), "bytes", 0.5)
-    drawn = corpus.random_batch(4, 500, (0,))
+    drawn = Windows(corpus, 4).batch(500, (0,))
     assert set(drawn.inputs[:, 0].tolist()) == set(range(16))
     assert drawn.targets.max() == 19
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 31, 1000, 4096])
+def test_a_permutation_is_one_and_depends_on_its_key(count) -> None:
+    index = np.arange(count)
+    found = permuted(index, count, (3, 1))
+    assert sorted(found) == index.tolist()
+    if count > 30:
+        assert not np.array_equal(found, permuted(index, count, (3, 2)))
+        assert not np.array_equal(found, permuted(index, count, (4, 1)))
+        # neighbours do not stay neighbours
+        assert (np.abs(np.diff(found)) == 1).mean() < 0.2
+
+
+def test_a_shuffled_pass_reads_each_window_once_whatever_the_batch(tmp_path) -> None:
+    corpus = _build(tmp_path, bytes(range(256)) * 8, "bytes", 0.5)
+    count = (corpus.num_train - 1) // 10
+    orders = []
+    for size, parts in ((4, 1), (2, 2), (8, 1)):
+        windows = Windows(corpus, 10, "shuffled", size * parts)
+        steps = -(-2 * count // windows.batch_size)
+        order = [
+            place
+            for step in range(steps)
+            for part in range(parts)
+            for place in windows.places(size, (5, step, part)).tolist()
+        ]
+        orders.append(order[: 2 * count])
+    assert orders[0] == orders[1] == orders[2]
+    first, second = orders[0][:count], orders[0][count:]
+    assert sorted(first) == sorted(second) == [10 * n for n in range(count)]
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_consecutive_windows_go_on_where_the_last_ended(tmp_path) -> None:
+    corpus = _build(tmp_path, bytes(range(100)), "bytes", 0.2)
+    windows = Windows(corpus, 6, "consecutive", 3)
+    # 79 symbols and one to tell after the last: three streams of 26, four windows in each
+    ids = [windows.batch(3, (0, step, 0)).inputs for step in range(5)]
+    assert [windows.goes_on(step) for step in range(6)] == [False, True, True, True, False, True]
+    assert torch.cat(ids[:4], dim=1)[0].tolist() == list(range(24))
+    assert ids[4].equal(ids[0])
+    assert [row[0].item() for row in ids[0]] == [0, 26, 52]
+    # a share of the batch, and a batch in parts, hold the same rows
+    assert windows.batch(3, (0, 1, 0), slice(1, 3)).inputs.equal(ids[1][1:])
+    assert windows.batch(1, (0, 1, 2)).inputs.equal(ids[1][2:])
+    with pytest.raises(ValueError, match="each of `batch_size` = 20 streams"):
+        Windows(corpus, 6, "consecutive", 20)
 
 
 @pytest.mark.parametrize(("context", "batch_size", "limit"), [(7, 3, 0), (50, 64, 0), (7, 3, 23)])

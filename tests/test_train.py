@@ -23,13 +23,15 @@ from training import (
     write_text,
 )
 
-from minrnn import checkpoint, files, train
+from minrnn import checkpoint, files, launching, train
 from minrnn.data import text
+from minrnn.data.windows import Windows
+from minrnn.evaluation import evaluate
 from minrnn.models import LanguageModel
 from minrnn.recipes import RECIPES
 from minrnn.runs import text as runs
 from minrnn.tasks import TextTask
-from minrnn.train import NonFiniteLossError, evaluate
+from minrnn.train import NonFiniteLossError
 from minrnn.train_config import TrainConfig
 
 
@@ -60,7 +62,7 @@ def test_run_folder_holds_what_it_says(uninterrupted: Path) -> None:
 
 def test_weights_on_disk_have_the_best_loss(uninterrupted: Path) -> None:
     model, _ = checkpoint.load(uninterrupted)
-    task = TextTask(text.load(uninterrupted / "corpus"), 16, 0)
+    task = TextTask(Windows(text.load(uninterrupted / "corpus"), 16))
     _, notes = checkpoint.read_tensors(uninterrupted / "training_state" / "last.safetensors")
     assert evaluate(model, task.loss, task.validation(4)) == notes["best_loss"]
 
@@ -156,9 +158,9 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_save(source, tmp_path) -> No
         loss = TextTask.loss
         calls = iter(range(10_000))
 
-        def broken(task: TextTask, model: torch.nn.Module, batch: object) -> torch.Tensor:
+        def broken(task: TextTask, answers: torch.Tensor, batch: object) -> torch.Tensor:
             # 5 steps and an evaluation pass, one more step, then the loss breaks
-            return loss(task, model, batch) * (float("nan") if next(calls) >= 20 else 1.0)
+            return loss(task, answers, batch) * (float("nan") if next(calls) >= 20 else 1.0)
 
         patch.setattr(TextTask, "loss", broken)
         with pytest.raises(NonFiniteLossError, match=r"became nan in step \d+; the save of step 5"):
@@ -185,12 +187,12 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(source, tmp_path) ->
         folder = tmp_path / str(accumulation)
         folder.mkdir()
         checkpoint.write_config(folder, {})
-        task = TextTask(text.build(source, folder / "corpus", "bytes", 0.1), 16, 0)
+        task = TextTask(Windows(text.build(source, folder / "corpus", "bytes", 0.1), 16))
         # the parts of the second run are the rows of the first run's batch
         whole = task.batch(8, (0, 0, 0))
         parts = iter(train.Batch(whole.inputs[n], whole.targets[n], whole.mask[n])
                      for n in torch.arange(8).split(8 // accumulation))  # fmt: skip
-        task.batch = lambda size, seed, parts=parts: next(parts)
+        task.batch = lambda size, seed, rows, parts=parts: next(parts)
         train.train(model, task, replace(config.train, accumulation=accumulation), folder)
         updates.append(model.head.weight.detach())
     torch.testing.assert_close(updates[0], updates[1], rtol=1e-4, atol=1e-6)
@@ -208,7 +210,7 @@ def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
 
 def test_vectors_are_not_decayed() -> None:
     model = LanguageModel(replace(MODEL, vocab_size=5))
-    optimizer = train._optimizer(model, TRAIN)
+    optimizer = launching.optimizer_of(model, TRAIN)
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     for name, parameter in model.named_parameters():
         vector = name.endswith("bias") or "norm" in name or "bias_ih" in name

@@ -77,6 +77,19 @@ def test_windows_depend_on_the_seed_alone(data) -> None:
         windows(data, 0, 8, (0,))
 
 
+def test_noise_is_on_the_observations_alone(data) -> None:
+    clean, noisy = (windows(data, 4, 400, (0, 1), noise) for noise in (0.0, 0.1))
+    assert noisy.targets.equal(clean.targets)
+    assert noisy.mask.equal(clean.mask)
+    A, S = data.actions.shape[1], data.observations.shape[1]
+    added = noisy.inputs - clean.inputs
+    assert not added[..., : A + 1].any()
+    assert not added[..., A + 1 + S :].any()
+    assert not added[~clean.mask].any()
+    spread = added[clean.mask][:, A + 1 : -1].std(dim=0)
+    assert spread.numpy() == pytest.approx(0.1 * data.moments[1], rel=0.15)
+
+
 def test_the_best_are_those_with_the_highest_returns(data) -> None:
     best = data.best(0.3)
     order = np.argsort(-data.returns)

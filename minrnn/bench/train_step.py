@@ -175,7 +175,7 @@ def _error(model: LanguageModel, ours: LanguageModel, batch: Batch) -> float:
 
     def answer(model: LanguageModel) -> list[Tensor]:
         model = deepcopy(model).eval()
-        loss = losses.next_symbol(model, few)
+        loss = losses.next_symbol(model(few.inputs)[0], few)
         weights = dict(model.named_parameters())
         grads = torch.autograd.grad(loss, [weights[name] for name in shared])
         return [loss.detach(), *grads]
@@ -200,7 +200,7 @@ def _step(model: LanguageModel, recipe: TextConfig, batch: Batch) -> Callable[[]
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        losses.next_symbol(model, batch).backward()
+        losses.next_symbol(model(batch.inputs)[0], batch).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 import tyro
 from tyro.conf import OmitArgPrefixes
 
 from minrnn.cli import bench, reproduce, rl, runs, serve, text
+from minrnn.ranks import ProcessLostError
 from minrnn.recipes import RECIPES, RL_RECIPES, RecipeName, RlConfig, RlRecipeName, TextConfig
 from minrnn.train import NonFiniteLossError
 
@@ -53,7 +55,10 @@ def main(args: Sequence[str] | None = None) -> int:
         known = ", ".join(begun or COMMANDS)
         return _refuse("minrnn", f"unknown command {' '.join(args[:2])!r} (known: {known})")
     try:
-        return _run(command, args[len(command.split()) :])
+        code = _run(command, args[len(command.split()) :])
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
     except BrokenPipeError:
         # the reader of our output went away, e.g. `| head`; nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,6 +68,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, ModuleNotFoundError, NonFiniteLossError) as error:
         return _refuse(f"minrnn {command}", str(error))
+    except ProcessLostError as error:
+        _refuse(f"minrnn {command}", str(error))
+        return 1
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise

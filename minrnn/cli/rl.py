@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.progress import Progress as Bar
 from tyro.conf import Positional
 
-from minrnn import acting, checkpoint
+from minrnn import acting, checkpoint, ranks
 from minrnn.acting import ActingConfig
 from minrnn.collecting import CollectConfig, collect
 from minrnn.data import trajectory_files
@@ -32,6 +32,8 @@ def resume_rl(resume: Path) -> int:
         resume: the run folder.
     """
     result = decisions.go_on(resume)
+    if not ranks.is_first():
+        return 130 if result.interrupted else 0
     if result.interrupted:
         print(f"stopped at step {result.step}; go on by: minrnn train --resume {resume}")
         return 130

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from minrnn import checkpoint, info, losses, plots
+from minrnn import checkpoint, info, losses, plots, ranks
 from minrnn.cli.devices import device_of
 from minrnn.data import shakespeare
 from minrnn.data import text as text_data
 from minrnn.data.tokenizers import Characters
+from minrnn.evaluation import evaluate
 from minrnn.files import write_atomically
 from minrnn.models import LanguageModel
 from minrnn.packing import pack_model
@@ -20,7 +21,6 @@ from minrnn.recipes import TextConfig
 from minrnn.runs import text as text_runs
 from minrnn.sampling import Sampling
 from minrnn.stream import generate
-from minrnn.train import evaluate
 
 
 def train_text(config: TextConfig) -> int:
@@ -35,6 +35,8 @@ def resume_text(resume: Path) -> int:
         resume: the run folder.
     """
     result = text_runs.go_on(resume)
+    if not ranks.is_first():
+        return 130 if result.interrupted else 0
     plots.draw_loss(resume)
     if result.interrupted:
         print(f"stopped at step {result.step}; go on by: minrnn train --resume {resume}")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,14 @@ class Batch:
     """(B, T) symbols, or (B, T, features)."""
     mask: Tensor
     """(B, T) bool, True where the target counts."""
+
+    def rows(self, which: slice) -> "Batch":
+        """The rows `which`."""
+        return Batch(self.inputs[which], self.targets[which], self.mask[which])
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on `device`."""
+        return Batch(self.inputs.to(device), self.targets.to(device), self.mask.to(device))
 
     @property
     def num_targets(self) -> int:

@@ -70,12 +70,11 @@ class Corpus:
                     f"{needed[split]} symbols for windows of context = {context}, got {size}"
                 )
 
-    def random_batch(self, context: int, batch_size: int, seed: tuple[int, ...]) -> Batch:
-        """Windows from random places of the training part: a function of `seed` alone."""
+    def batch_at(self, places: np.ndarray, context: int) -> Batch:
+        """The windows of the training part that begin at `places`."""
         tokens = self.tokens("train")
-        places = np.random.default_rng(seed).integers(len(tokens) - context, size=batch_size)
         windows = np.stack([tokens[p : p + context + 1] for p in places]).astype(np.int64)
-        return _batch(windows, np.ones((batch_size, context), dtype=bool))
+        return _batch(windows, np.ones((len(places), context), dtype=bool))
 
     def windows(self, context: int, batch_size: int, limit: int = 0) -> Iterator[Batch]:
         """The validation part from its start, cut into windows that do not overlap.

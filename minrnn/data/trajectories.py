@@ -157,7 +157,13 @@ def value_of(table: Mapping[str, _T], environment: str | None) -> _T | None:
     return table.get((environment or "").partition("-")[0])
 
 
-def windows(data: Trajectories, steps: int, batch_size: int, seed: tuple[int, ...]) -> Batch:
+def windows(
+    data: Trajectories,
+    steps: int,
+    batch_size: int,
+    seed: tuple[int, ...],
+    observation_noise: float = 0.0,
+) -> Batch:
     """Draw windows of up to `steps` steps: an episode in proportion to its length, then a start.
 
     Chen et al. 2021, arXiv:2106.01345, as their code does it, but for two things. Padding stands
@@ -170,6 +176,8 @@ def windows(data: Trajectories, steps: int, batch_size: int, seed: tuple[int, ..
         steps: K; windows near the end of an episode are shorter, and padded with zeros.
         batch_size: B.
         seed: what the windows depend on, and nothing else.
+        observation_noise: standard deviation of what is added to each observation, in those of
+            the data; the same windows are drawn with it.
 
     Returns:
         inputs (B, K, A + 1 + S + 1): the action before, the return-to-go, the observation, the
@@ -191,7 +199,11 @@ def windows(data: Trajectories, steps: int, batch_size: int, seed: tuple[int, ..
     rows = np.minimum(rows, data.num_steps - 1)
     number = rows - data.starts[episode][:, None]
     before = data.actions[np.maximum(rows - 1, 0)] * (number > 0)[:, :, None]
-    columns = (before, data.to_go[rows][:, :, None], data.observations[rows], number[:, :, None])
+    observations = data.observations[rows]
+    if observation_noise:
+        drawn = random.standard_normal(observations.shape, dtype=np.float32)
+        observations = observations + observation_noise * data.moments[1] * drawn
+    columns = (before, data.to_go[rows][:, :, None], observations, number[:, :, None])
     inputs = np.concatenate(columns, axis=2, dtype=np.float32, casting="same_kind")
     targets = data.actions[rows] * inside[:, :, None]
     inputs *= inside[:, :, None]

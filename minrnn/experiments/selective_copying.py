@@ -160,17 +160,21 @@ class CopyingTask:
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def batch(self, batch_size: int, seed: tuple[int, ...]) -> Batch:
+    def batch(self, batch_size: int, seed: tuple[int, ...], rows: slice = slice(None)) -> Batch:
         """A batch that depends on `seed` alone."""
-        return selective_copying(self.length, NUM_DATA, batch_size, seed)
+        return selective_copying(self.length, NUM_DATA, batch_size, seed).rows(rows)
+
+    def goes_on(self, step: int) -> bool:
+        """Never: each sequence begins anew."""
+        return False
 
     def validation(self, batch_size: int) -> Iterator[Batch]:
         """The same four batches each time."""
         return (self.batch(batch_size, (_VALIDATION, n)) for n in range(4))
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, answers: Tensor, batch: Batch) -> Tensor:
         """Nats per symbol that is asked for."""
-        return losses.next_symbol(model, batch)
+        return losses.next_symbol(answers, batch)
 
 
 def reproduce(config: CopyingConfig, say: Callable[[str], None]) -> bool:

@@ -94,6 +94,9 @@ class MinGRU(Stack):
     def _recur(self, gates: Tensor, h0: Tensor | None, **layout: Any) -> _Pair:
         return ops.mingru_fused(gates, h0, self.candidate, **layout)
 
+    def _operator(self) -> tuple[Any, ...]:
+        return "mingru_fused", self.candidate
+
 
 class MinLSTM(Stack):
     """A minLSTM in place of `torch.nn.LSTM`: the same constructor, call and shapes.
@@ -212,3 +215,6 @@ class MinLSTM(Stack):
 
     def _recur(self, gates: Tensor, h0: Tensor | None, **layout: Any) -> _Pair:
         return ops.minlstm_fused(gates, h0, self.candidate, self.normalized, **layout)
+
+    def _operator(self) -> tuple[Any, ...]:
+        return "minlstm_fused", self.candidate, self.normalized

@@ -5,10 +5,12 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from minrnn import distributed
 from minrnn.layers.checks import (
     SizeError,
     check_input,
@@ -59,6 +61,8 @@ class Stack(nn.Module):
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size, self.candidate = bidirectional, proj_size, candidate
         self.learn_h0 = learn_h0
+        # processes that share the time of a sequence: see `minrnn.distributed.split_time`
+        self.time_group: dist.ProcessGroup | None = None
         self._build(device, dtype)
         self.reset_parameters()
 
@@ -127,6 +131,29 @@ class Stack(nn.Module):
         """The operator over the fused pre-activations (..., num_gates * hidden_size)."""
         raise NotImplementedError
 
+    def _recur_split(
+        self,
+        gates: Tensor,
+        h0: Tensor | None,
+        *,
+        time_first: bool,
+        reset: Tensor | None,
+        cu_seqlens: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """`_recur` over this process's part of the time."""
+        assert self.time_group is not None
+        # packed inputs are refused
+        assert cu_seqlens is None
+        name, *options = self._operator()
+        return distributed.split(
+            name, (gates,), h0, (*options, time_first), reset, reverse, self.time_group
+        )
+
+    def _operator(self) -> tuple[Any, ...]:
+        """The name of the fused operator, and its options."""
+        raise NotImplementedError
+
     def _run(
         self, input: Tensor | PackedSequence, hx: Tensor | None, reset: Any
     ) -> tuple[Any, Tensor]:
@@ -152,6 +179,8 @@ class Stack(nn.Module):
     def _run_packed(
         self, input: PackedSequence, hx: Tensor | None, reset: PackedSequence | None
     ) -> tuple[PackedSequence, Tensor]:
+        if self.time_group is not None:
+            raise ValueError("`input` must not be packed where processes share its time")
         data, batch_sizes, sorted_indices, unsorted_indices = input
         check_packed(data, batch_sizes)
         weights = self._weights()
@@ -194,14 +223,15 @@ class Stack(nn.Module):
         """All layers over x (B, T, ...) or (T, B, ...): the last output, and all last states."""
         resets = [reset, None]
         if reset is not None and self.bidirectional:
-            resets[1] = _reset_backwards(reset, cu_seqlens, 0 if time_first else 1)
+            resets[1] = self._reset_backwards(reset, cu_seqlens, 0 if time_first else 1)
+        recur = self._recur if self.time_group is None else self._recur_split
         states: list[Tensor] = []
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(self._num_directions):
                 n = layer * self._num_directions + direction
                 weight, bias, projection = weights[n]
-                h, h_T = self._recur(
+                h, h_T = recur(
                     F.linear(x, weight, bias),
                     None if h0 is None else h0[n],
                     time_first=time_first,
@@ -215,6 +245,21 @@ class Stack(nn.Module):
             if self.dropout and layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout, self.training)
         return x, torch.stack(states)
+
+    def _reset_backwards(self, reset: Tensor, cu_seqlens: Tensor | None, time_axis: int) -> Tensor:
+        """Where the reverse direction starts from zeros: at the step before each reset.
+
+        Then nothing passes a border in either direction, and each part is as if it stood alone.
+        """
+        T = reset.shape[time_axis]
+        if T == 0:
+            return reset
+        after = torch.zeros_like(reset.narrow(time_axis, 0, 1))
+        if self.time_group is not None:
+            after = distributed.first_of_next(reset.narrow(time_axis, 0, 1), self.time_group)
+        back = torch.cat([reset.narrow(time_axis, 1, T - 1), after], dim=time_axis)
+        # the step after a sequence's last is not its own
+        return back if cu_seqlens is None else back.index_fill(1, cu_seqlens[1:] - 1, False)
 
     def _first_states(
         self, hx: Tensor | None, input: Tensor, B: int, unbatched: bool
@@ -238,20 +283,6 @@ class Stack(nn.Module):
         if reset.shape != sizes:
             sizes_text = f"{symbols} = {tuple(sizes)}"
             raise ValueError(f"`reset` must have shape {sizes_text}, got {tuple(reset.shape)}")
-
-
-def _reset_backwards(reset: Tensor, cu_seqlens: Tensor | None, time_axis: int) -> Tensor:
-    """Where the reverse direction starts from zeros: at the step before each reset.
-
-    Then nothing passes a border in either direction, and each part is as if it stood alone.
-    """
-    T = reset.shape[time_axis]
-    if T == 0:
-        return reset
-    last = torch.zeros_like(reset.narrow(time_axis, 0, 1))
-    back = torch.cat([reset.narrow(time_axis, 1, T - 1), last], dim=time_axis)
-    # the step after a sequence's last is not its own
-    return back if cu_seqlens is None else back.index_fill(1, cu_seqlens[1:] - 1, False)
 
 
 def bounds(fan_in: int) -> tuple[float, float]:

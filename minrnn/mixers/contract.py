@@ -3,14 +3,19 @@
 from abc import ABC, abstractmethod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minrnn import distributed
 from minrnn.state import State
 
 
 class Mixer(nn.Module, ABC):
     """Maps T >= 1 steps to as many, from a state to a state."""
+
+    # whether processes may share the time of a sequence: see `minrnn.distributed.split_time`
+    can_split_time = False
 
     @abstractmethod
     def init_state(self, batch_size: int) -> State:
@@ -34,6 +39,8 @@ class DepthwiseConv(nn.Module):
         conv = nn.Conv1d(width, width, conv_width, groups=width)
         # (width, 1, conv_width), as in nn.Conv1d
         self.weight, self.bias = conv.weight, conv.bias
+        # processes that share the time of a sequence: see `minrnn.distributed.split_time`
+        self.time_group: dist.ProcessGroup | None = None
 
     def init_state(self, batch_size: int) -> Tensor:
         """The inputs before the first step: zeros, (batch_size, conv_width - 1, width)."""
@@ -42,14 +49,19 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convolve x (B, T, width) behind the inputs `state` (B, conv_width - 1, width)."""
-        past = self.init_state(x.shape[0]) if state is None else state
-        x = torch.cat([past.to(x.dtype), x], dim=1)
+        past = (self.init_state(x.shape[0]) if state is None else state).to(x.dtype)
+        last = None
+        if self.time_group is not None:
+            past, last = distributed.halo(past, x, self.time_group)
+        x = torch.cat([past, x], dim=1)
         # (B, T, width) seen as an image (B, width, 1, T) with the channels innermost: so the
         # convolution needs no transposed copy
         image = x.transpose(1, 2)[:, :, None]
         image = F.conv2d(image, self.weight[:, :, None], self.bias, groups=self.weight.shape[0])
-        # a copy: a view would keep all of x alive for its last steps
-        return image[:, :, 0].transpose(1, 2), x[:, x.shape[1] - past.shape[1] :].clone()
+        if last is None:
+            # a copy: a view would keep all of x alive for its last steps
+            last = x[:, x.shape[1] - past.shape[1] :].clone()
+        return image[:, :, 0].transpose(1, 2), last
 
 
 def state_dtype(weight: Tensor) -> torch.dtype:

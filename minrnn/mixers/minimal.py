@@ -25,6 +25,8 @@ class MinimalRNN(Mixer):
         options: passed to the layer, e.g. `candidate`.
     """
 
+    can_split_time = True
+
     def __init__(
         self,
         layer: type[MinGRU] | type[MinLSTM],

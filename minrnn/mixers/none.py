@@ -10,6 +10,8 @@ from minrnn.state import State
 class NoMixer(Mixer):
     """Adds nothing, remembers nothing: a baseline that shows what memory is worth."""
 
+    can_split_time = True
+
     def init_state(self, batch_size: int) -> State:
         """A state of no bytes."""
         return State({"none": torch.zeros(batch_size, 0)})

@@ -80,7 +80,7 @@ def mingru(
     dtype = k.dtype
     k, v = widen(k), widen(v)
     b = torch.sigmoid(k) * _candidate(v, candidate)
-    h, h_T = transforms.call("scan", torch.sigmoid(-k), b, h0, reset, cu_seqlens, reverse)
+    h, h_T = transforms.call("scan", mingru_decay(k), b, h0, reset, cu_seqlens, reverse)
     return h.to(dtype), h_T
 
 
@@ -99,7 +99,7 @@ def mingru_backward(
     """dk = (db * candidate(v) - da) * z * (1 - z),  dv = db * z * candidate'(v)."""
     dtype = k.dtype
     k, v = widen(k), widen(v)
-    z, a = torch.sigmoid(k), torch.sigmoid(-k)
+    z, a = torch.sigmoid(k), mingru_decay(k)
     da, db, dh0 = scan_backward(dh, dh_T, a, h0, h, reset, cu_seqlens, reverse)
     dk = (db * _candidate(v, candidate) - da) * z * a
     dv = db * z * _candidate_slope(v, candidate)
@@ -158,6 +158,16 @@ def minlstm_backward(
 def widen(x: Tensor) -> Tensor:
     """`x` in the dtype of the state: float64 stays, everything else is float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def mingru_decay(k: Tensor) -> Tensor:
+    """1 - z, which sigmoid(-k) gives without the subtraction."""
+    return torch.sigmoid(-k)
+
+
+def minlstm_decay(f: Tensor, i: Tensor, normalized: bool) -> Tensor:
+    """f', what a minLSTM keeps of its state at each step."""
+    return _gates(f, i, normalized)[0]
 
 
 def _gates(f: Tensor, i: Tensor, normalized: bool) -> tuple[Tensor, Tensor]:

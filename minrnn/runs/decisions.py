@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from minrnn import acting, checkpoint
+from minrnn import acting, checkpoint, ranks
 from minrnn.data import trajectory_files
 from minrnn.data.trajectories import TARGET_RETURNS, Trajectories, value_of
 from minrnn.decision import DecisionModel
 from minrnn.progress import Progress
 from minrnn.recipes import RlConfig
-from minrnn.runs.folder import free_folder, new_folder
+from minrnn.runs.folder import chosen_folder, new_folder, restarted
 from minrnn.tasks import DecisionTask
 from minrnn.train import Result, train
 from minrnn.train_config import TrainConfig
@@ -28,7 +28,13 @@ def start(config: RlConfig) -> Path:
         SaveError: the folder cannot be made.
         ModuleNotFoundError: a package of the extra `rl` is not installed.
     """
-    folder = config.out or free_folder(Path("runs"), "rl")
+    return ranks.on_first(lambda: _start(config))
+
+
+def _start(config: RlConfig) -> Path:
+    folder = config.out or chosen_folder(Path("runs"), "rl")
+    if restarted() and (folder / "config.json").is_file():
+        return folder
     if not config.data:
         raise ValueError("`data` must name at least one set of episodes, got none")
     with new_folder(folder, ("config.json",)):
@@ -69,10 +75,9 @@ def go_on(folder: Path) -> Result:
     assert isinstance(model, DecisionModel)
     _scale(model, data, saved["actions"])
     tokens = config.train.batch_size * config.context
-    with Progress(config.train.steps, tokens) as progress:
-        return train(
-            model, DecisionTask(data, config.context), config.train, folder, progress.report
-        )
+    with Progress(config.train.steps, tokens, shown=ranks.is_first()) as progress:
+        task = DecisionTask(data, config.context, config.observation_noise)
+        return train(model, task, config.train, folder, progress.report)
 
 
 def read(folder: Path) -> RlConfig:

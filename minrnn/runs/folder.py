@@ -1,6 +1,8 @@
 """The folder of a run: which is free, and how it is made so that a failure leaves none."""
 
 import contextlib
+import itertools
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,20 @@ def free_folder(parent: Path, name: str) -> Path:
     while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return folder
+
+
+def chosen_folder(parent: Path, name: str) -> Path:
+    """`free_folder`; but after a restart by torchrun, the one that was free at the first start."""
+    if not restarted():
+        return free_folder(parent, name)
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    folders = (parent / name for name in names)
+    return next(last for last, after in itertools.pairwise(folders) if not after.exists())
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after one of the training's ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 @contextlib.contextmanager

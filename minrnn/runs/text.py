@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from minrnn import checkpoint
+from minrnn import checkpoint, ranks
 from minrnn.data import shakespeare
 from minrnn.data import text as text_data
 from minrnn.data.text import Corpus
+from minrnn.data.windows import Windows
 from minrnn.files import write_atomically
 from minrnn.models import ModelConfig
 from minrnn.progress import Progress
 from minrnn.recipes import TextConfig
-from minrnn.runs.folder import free_folder, new_folder
+from minrnn.runs.folder import chosen_folder, new_folder, restarted
 from minrnn.tasks import TextTask
 from minrnn.train import Result, train
 from minrnn.train_config import TrainConfig
@@ -26,7 +27,7 @@ def start(config: TextConfig) -> Path:
     """Make a run folder: what was asked for, and the text as ids. `go_on` trains.
 
     If the text does not fit, nothing is left behind; if the process is killed, `go_on` reads the
-    text again.
+    text again. Of several processes the first does it.
 
     Raises:
         ValueError: the folder holds something already or lies inside the text's, or the text does
@@ -34,7 +35,13 @@ def start(config: TextConfig) -> Path:
         FileNotFoundError: there is no such text.
         SaveError: the folder cannot be made.
     """
-    folder = config.out or free_folder(Path("runs"), config.recipe)
+    return ranks.on_first(lambda: _start(config))
+
+
+def _start(config: TextConfig) -> Path:
+    folder = config.out or chosen_folder(Path("runs"), config.recipe)
+    if restarted() and (folder / "config.json").is_file():
+        return folder
     if config.data is not None and config.data.resolve() in folder.resolve().parents:
         raise ValueError(
             f"the run folder {folder} lies inside the text's folder {config.data} and would be "
@@ -57,8 +64,12 @@ def go_on(folder: Path) -> Result:
     """
     config, saved = read(folder), checkpoint.read_config(folder)
     with _progress(config) as progress:
-        corpus = _corpus(config, folder, saved, progress)
-        task = TextTask(corpus, config.context, config.valid_limit)
+        # built by the first process if it is not there yet
+        made: list[Corpus] = []
+        ranks.on_first(lambda: made.append(_corpus(config, folder, saved, progress)))
+        corpus = made[0] if made else text_data.load(folder / "corpus")
+        windows = Windows(corpus, config.context, config.windows, config.train.batch_size)
+        task = TextTask(windows, config.valid_limit)
         model_config = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
         train_part, end = corpus.num_train, corpus.num_tokens
         found = {
@@ -68,7 +79,7 @@ def go_on(folder: Path) -> Result:
             "tokens_sha256": corpus.sha256,
         }
         if saved != saved | found:
-            checkpoint.write_config(folder, saved | found)
+            ranks.on_first(lambda: checkpoint.write_config(folder, saved | found))
         torch.manual_seed(config.train.seed)
         model = checkpoint.build_model(folder / "config.json", found)
         return train(model, task, config.train, folder, progress.report)
@@ -96,7 +107,8 @@ def read(folder: Path) -> TextConfig:
 
 
 def _progress(config: TextConfig) -> Progress:
-    return Progress(config.train.steps, config.train.batch_size * config.context)
+    tokens = config.train.batch_size * config.context
+    return Progress(config.train.steps, tokens, shown=ranks.is_first())
 
 
 def _corpus(config: TextConfig, folder: Path, saved: dict[str, Any], progress: Progress) -> Corpus:

@@ -1,0 +1,74 @@
+"""Trainings by several processes are those of one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+from minrnn import checkpoint
+from minrnn.data import text
+from minrnn.data.windows import Windows
+from minrnn.models import LanguageModel, ModelConfig
+from minrnn.tasks import TextTask
+from minrnn.train import train
+from minrnn.train_config import TrainConfig
+from tests.training import write_text
+
+CONFIG = TrainConfig(
+    steps=50, batch_size=8, warmup_steps=5, learning_rate=1e-2, eval_every=25, log_every=1
+)
+MODEL = ModelConfig(vocab_size=256, width=8, num_layers=2, dropout=0.0)
+
+
+def _train(folder: Path, config: TrainConfig, order: str = "random") -> None:
+    """Train a model of float64 in a run folder, in this process and those beside it."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        checkpoint.write_config(folder, {"model": checkpoint.dataclasses.asdict(MODEL)})
+    if dist.is_initialized():
+        dist.barrier()
+    torch.manual_seed(0)
+    model = LanguageModel(MODEL).double()
+    windows = Windows(text.load(folder.parent / "corpus"), 16, order, config.batch_size)
+    train(model, TextTask(windows, 500), config, folder)
+
+
+def _curve(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [x for row in lines for key, x in row.items() if key in ("loss", "valid_loss")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    text.build(write_text(folder / "text.txt"), folder / "corpus", "bytes", 0.1)
+    for order in ("random", "consecutive"):
+        _train(folder / f"one-{order}", CONFIG, order)
+    return folder
+
+
+def _check_trainings(folder: Path, ranks: int) -> None:
+    for order in ("random", "consecutive"):
+        for time_ranks in (1, 2, 4):
+            if ranks % time_ranks == 0:
+                config = replace(CONFIG, time_ranks=time_ranks)
+                _train(folder / f"{ranks}-{time_ranks}-{order}", config, order)
+    _train(folder / f"{ranks}-chunk", replace(CONFIG, chunk=5, accumulation=2), "consecutive")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_curves_are_those_of_one_process(folder, ranks) -> None:
+    on_ranks(ranks, _check_trainings, folder, ranks)
+    for made in folder.glob(f"{ranks}-*"):
+        order = "random" if made.name.endswith("random") else "consecutive"
+        wanted = _curve(folder / f"one-{order}")
+        assert len(wanted) == 52
+        assert _curve(made) == pytest.approx(wanted, abs=1e-5), made.name
+        ours, _ = checkpoint.read_tensors(made / "model.safetensors")
+        theirs, _ = checkpoint.read_tensors(folder / f"one-{order}" / "model.safetensors")
+        for name, x in theirs.items():
+            torch.testing.assert_close(ours[name], x, atol=1e-5, rtol=0)
