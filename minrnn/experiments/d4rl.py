@@ -76,9 +76,12 @@ class Preset(NamedTuple):
 
     seeds: int
     episodes: int
+    asks_best: bool
+    """Whether the return that is asked for is the highest of the data; else it is the usual one,
+    which was chosen for D4RL's own sets."""
 
 
-PRESETS = {"paper": Preset(5, 100), "cpu": Preset(2, 50)}
+PRESETS = {"paper": Preset(5, 100, asks_best=False), "cpu": Preset(2, 50, asks_best=True)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class D4rlConfig:
     episodes: int = 0
     """Episodes that each plays; 0 for 100 (paper) or 50 (cpu)."""
     target: float | None = None
-    """The return that is asked for; None for 3,600, 12,000 and 5,000."""
+    """The return that is asked for; None for 3,600, 12,000 and 5,000 (paper) or the highest of the
+    data (cpu)."""
     precision: Literal["no", "bf16"] = "no"
     """Mixed precision of the training; "no" is float32. Acting is float32 always."""
     runs: Path = Path("runs/d4rl")
@@ -148,7 +152,7 @@ def reproduce(config: D4rlConfig, say: Callable[[str], None]) -> bool:
                         decisions.start(run_config(config, set_name, name, seed, folder))
                     if decisions.go_on(folder).interrupted:
                         return False
-                    _play(folder, config.episodes or preset.episodes, config.target)
+                    _play(folder, config.episodes or preset.episodes, preset, config.target)
                 write(config)
     return True
 
@@ -171,16 +175,20 @@ def run_config(config: D4rlConfig, set_name: str, name: Name, seed: int, folder:
         out=folder,
         context=1 if clone else recipe.context,
         best=0.1 if name == "bc-best" else 1.0,
+        # plain clones, as the data's notes have them
+        observation_noise=0.0 if clone else recipe.observation_noise,
         model=replace(model, episode_length=0) if clone else model,
         train=replace(train, batch_size=_CLONED) if clone else train,
     )
 
 
-def _play(folder: Path, episodes: int, target: float | None) -> None:
+def _play(folder: Path, episodes: int, preset: Preset, target: float | None) -> None:
     """Let the model of a run play in every way it can, and keep what came of it."""
     model, saved = checkpoint.load(folder).model, checkpoint.read_config(folder)
     assert isinstance(model, DecisionModel)
     context, environment = decisions.read(folder).context, saved["environment"]
+    if target is None and preset.asks_best:
+        target = saved["best_return"]
     asked = decisions.target(folder, environment, target)
     ways: list[Way] = ["window"]
     if model.config.blocks.mixer not in (*GROWING, "none"):
