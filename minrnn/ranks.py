@@ -4,6 +4,7 @@
 share the time of a sequence are neighbours, those that share a batch stand `num_time` apart.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -137,8 +138,35 @@ def is_first() -> bool:
 
 
 def _state() -> PartialState:
+    if _restarted_beside_old_keys() and not dist.is_initialized():
+        _begin_group()
     # without the word Accelerate takes no notice of other processes on a machine without a GPU
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def _restarted_beside_old_keys() -> bool:
+    """Whether torchrun restarted us with the store of its own, where the keys of before remain."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return shared and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _begin_group() -> None:
+    """Let the processes find each other under keys of this start.
+
+    torch (2.13) would read the addresses of the processes that are gone, and wait for them.
+    """
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=False,
+    )
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    dist.init_process_group(
+        store=dist.PrefixStore(f"minrnn/{start}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 
 
 def step_seed(seed: int, step: int, number: int = 0) -> int:

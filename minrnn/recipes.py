@@ -142,6 +142,6 @@ RL_RECIPES: dict[RlRecipeName, RlConfig] = {
     "paper": RlConfig(recipe="paper", train=_RL),
     "cpu": RlConfig(
         observation_noise=0.2,
-        train=replace(_RL, steps=2000, warmup_steps=200, min_learning_rate=1e-5, eval_every=500)
+        train=replace(_RL, steps=2000, warmup_steps=200, min_learning_rate=1e-5, eval_every=500),
     ),
 }

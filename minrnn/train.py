@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,7 @@ def train(
             `folder`.
     """
     with (
+        warnings.catch_warnings(),
         Interrupts() as interrupts,
         contextlib.closing(_Loop(model, task, config, folder)) as loop,
     ):
@@ -127,6 +129,8 @@ class _Loop:
     def run(self, report: Callable[[Event], None], interrupts: Interrupts) -> None:
         """To the end, or until a process is asked to stop."""
         self.restore()
+        # kernels of a convolution: the stride of an axis of one entry, which means nothing
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         try:
             while not self.over:
                 event = self.update()

@@ -1,6 +1,7 @@
 """Trainings by several processes are those of one."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from minrnn import checkpoint
+from minrnn import checkpoint, launching
 from minrnn.data import text
 from minrnn.data.windows import Windows
 from minrnn.models import LanguageModel, ModelConfig
@@ -58,6 +59,13 @@ def _check_trainings(folder: Path, ranks: int) -> None:
                 config = replace(CONFIG, time_ranks=time_ranks)
                 _train(folder / f"{ranks}-{time_ranks}-{order}", config, order)
     _train(folder / f"{ranks}-chunk", replace(CONFIG, chunk=5, accumulation=2), "consecutive")
+    # what `accelerate launch --use_fsdp --fsdp_version 2` says
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    sharded, original = [], launching.fully_shard
+    launching.fully_shard = lambda part: sharded.append(type(part).__name__) or original(part)
+    _train(folder / f"{ranks}-sharded-random", CONFIG)
+    assert sharded == ["Block", "Block", "LanguageModel"]
+    _train(folder / f"{ranks}-sharded-time-random", replace(CONFIG, time_ranks=2))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

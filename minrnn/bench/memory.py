@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,8 +61,8 @@ def _peak(name: str, shape: tuple[int, int, int]) -> float:
     return told(_SCRIPT.format(name=name, shape=shape, threads=torch.get_num_threads()))
 
 
-def told(script: str) -> float:
-    """The number that a process of its own prints last.
+def told(script: str) -> Any:
+    """What a process of its own prints last, as JSON: a number, or several.
 
     Raises:
         OSError: that process failed; the last line of what it said.
@@ -92,9 +93,9 @@ def report_peak_of(
     built = build(shape[2])
     x, dh = layer.inputs(shape)
     x.requires_grad_()
-    before = _resident(reset=True)
+    before = resident(reset=True)
     _step(built, shape, x, dh)
-    print(json.dumps((_resident(peak=True) - before) / 1e6))
+    print(json.dumps((resident(peak=True) - before) / 1e6))
 
 
 def _step(
@@ -110,7 +111,7 @@ def _step(
     optimizer.step()
 
 
-def _resident(peak: bool = False, reset: bool = False) -> int:
+def resident(peak: bool = False, reset: bool = False) -> int:
     """Bytes resident now, or the most since the last `reset`; Linux only.
 
     Raises:

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from minrnn import bench
 from minrnn.bench import (
+    chunk,
     decision,
     gpu_static,
     layer,
@@ -148,6 +149,14 @@ BENCHES = {
         memory.measured,
         "Measure the peak memory of a training step of each layer, in a fresh process each.",
         "one small shape, once",
+        on_gpu=False,
+    ),
+    "chunk": _bench(
+        "chunk",
+        chunk.measured,
+        "Measure memory and time of gradients of whole sequences, in chunks and all at once.",
+        "two short lengths, once",
+        chunk.draw,
         on_gpu=False,
     ),
     "gpu-static": gpu_static.measure,
