@@ -57,8 +57,8 @@ def describe_run(folder: Path) -> Iterator[str]:
     text = text_runs.read(folder) if "text" in config else None
     if text is not None:
         yield f"text {text.data or 'tiny Shakespeare'} as {text.tokenizer}"
-    if text is not None and (folder / "corpus" / "corpus.json").is_file():
-        corpus = text_data.load(folder / "corpus")
+    if text is not None and text_data.is_corpus(folder / "corpus"):
+        corpus = text_runs.corpus_of(folder, text)
         valid = corpus.num_tokens - corpus.num_train
         yield f"symbols {corpus.num_train:,} to train on, {valid:,} to validate on"
     rl = decisions.read(folder) if "trajectories" in config else None

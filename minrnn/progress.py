@@ -1,8 +1,10 @@
 """What a person sees while a run goes: a live bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -19,6 +21,15 @@ from minrnn.train import Event
 
 # seconds between two plain lines
 _LINE_EVERY = 10.0
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal over how much was read, told (done, total); nothing elsewhere."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
+    with Bar(*columns, console=Console(), disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class Progress:

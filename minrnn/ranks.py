@@ -155,15 +155,16 @@ def _begin_group() -> None:
 
     torch (2.13) would read the addresses of the processes that are gone, and wait for them.
     """
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         int(os.environ["WORLD_SIZE"]),
         is_master=False,
     )
     start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    store = dist.PrefixStore(f"minrnn/{start}", store)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(
-        store=dist.PrefixStore(f"minrnn/{start}", store),
+        store=store,
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )

@@ -26,7 +26,8 @@ class TextConfig:
     recipe: RecipeName = "shakespeare"
     """Settings to begin with: the paper's, or small ones for a few minutes on two cores."""
     data: Path | None = None
-    """A UTF-8 text file, or a folder of them. None downloads tiny Shakespeare."""
+    """A UTF-8 text file, a folder of them, or one that `minrnn data text` made, which keeps its
+    tokenizer and validation part. None downloads tiny Shakespeare."""
     out: Path | None = None
     """The run folder to make; None takes the first free one of runs/RECIPE, runs/RECIPE-2, ..."""
     tokenizer: Kind = "characters"

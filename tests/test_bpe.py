@@ -10,7 +10,7 @@ import pytest
 
 import minrnn
 from minrnn import cli
-from minrnn.data import bpe, text, tokenizers
+from minrnn.data import bpe, sources, text, tokenizers
 from minrnn.data.bpe import BPE
 from minrnn.stream import Sampling, generate
 
@@ -32,7 +32,7 @@ def _corpus(tmp_path: Path, content: str, kind: str = "bpe:300", valid: float = 
 
 
 def _ids(corpus: text.Corpus) -> list[int]:
-    return np.concatenate([corpus.tokens("train"), corpus.tokens("valid")]).tolist()
+    return np.concatenate([corpus.tokens("train")[:], corpus.tokens("valid")[:]]).tolist()
 
 
 def test_merges_by_hand() -> None:
@@ -84,14 +84,14 @@ def test_how_a_text_is_cut_changes_no_id(learnt: BPE, monkeypatch) -> None:
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 22])
 def test_a_corpus_has_the_ids_of_the_whole_text(tmp_path, monkeypatch, block: int) -> None:
-    monkeypatch.setattr(text, "_BLOCK", block)
+    monkeypatch.setattr(sources, "_BLOCK", block)
     corpus = _corpus(tmp_path, WORDS * 20)
     assert 256 < corpus.tokenizer.vocab_size <= 300
     assert _ids(corpus) == corpus.tokenizer.encode(WORDS * 20).tolist()
     assert corpus.tokens("train").dtype == np.uint16
     assert text.load(tmp_path / "corpus").tokenizer.to_json() == corpus.tokenizer.to_json()
-    first = corpus.tokenizer.byte_lengths[corpus.tokens("valid")[0]]
-    after = corpus.tokenizer.decode(corpus.tokens("valid").tolist()).encode()
+    first = corpus.tokenizer.byte_lengths[corpus.tokens("valid")[:1]][0]
+    after = corpus.tokenizer.decode(corpus.tokens("valid")[:].tolist()).encode()
     assert corpus.num_bytes("valid") == len(after) - first
 
 

@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "eval": text.evaluate_text,
     "generate": text.generate_text,
     "serve": serve.serve_run,
+    "data text": text.build_corpus,
     "data shakespeare": text.write_plays,
     "data tiny-shakespeare": text.write_tiny_shakespeare,
     "data rl info": rl.show_trajectories,

@@ -17,8 +17,11 @@ from minrnn.evaluation import evaluate
 from minrnn.files import write_atomically
 from minrnn.models import LanguageModel
 from minrnn.packing import pack_model
+from minrnn.progress import reading
 from minrnn.recipes import TextConfig
+from minrnn.runs import corpora
 from minrnn.runs import text as text_runs
+from minrnn.runs.corpora import CorpusConfig
 from minrnn.sampling import Sampling
 from minrnn.stream import generate
 
@@ -72,7 +75,7 @@ def evaluate_text(
         raise ValueError(f"`context` and `batch_size` must be >= 1, got {context}, {batch_size}")
     with tempfile.TemporaryDirectory() as scratch:
         if data is None:
-            corpus = text_data.load(run / "corpus")
+            corpus = text_runs.corpus_of(run, text_runs.read(run))
         elif tokenizer is not None:
             corpus = text_data.build(data, Path(scratch), tokenizer, valid_fraction=1.0)
         else:
@@ -124,6 +127,22 @@ def generate_text(
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def build_corpus(out: Positional[Path], corpus_config: CorpusConfig = CorpusConfig()) -> int:
+    """Turn a text of any size into ids once, for trainings that take the folder by --data.
+
+    Args:
+        out: the folder to write.
+        corpus_config: the text, and what a symbol is.
+    """
+    with reading("read") as progress:
+        corpus = corpora.build(out, corpus_config, progress)
+    print(
+        f"{out}: {corpus.num_tokens:,} symbols of {corpus.tokenizer.vocab_size:,} kinds, files: "
+        f"{len(corpus.shards)}, symbols to validate on: {corpus.num_tokens - corpus.num_train:,}"
+    )
     return 0
 
 

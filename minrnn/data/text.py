@@ -1,9 +1,7 @@
-"""A text of any size as a memory-mapped file of ids, and batches cut from it."""
+"""A text of any size as memory-mapped files of ids, and batches cut from it."""
 
-import codecs
-import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,48 +9,52 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minrnn.data import bpe, tokenizers
+from minrnn.data import bpe, shards, sources, tokenizers
 from minrnn.data.batch import Batch
-from minrnn.data.bpe import BPE
+from minrnn.data.shards import Shard, Tokens
+from minrnn.data.sources import Unit
 from minrnn.data.tokenizers import Bytes, Characters, Kind, Tokenizer
-from minrnn.files import remove_leftovers, replacing, write_atomically
+from minrnn.files import remove_leftovers, write_atomically
 
 Split = Literal["train", "valid"]
 
 _BLOCK = 1 << 22
-_NUM_CODE_POINTS = 0x110000
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A text as ids on disk, cut into a training part and a validation part behind it.
 
-    The folder holds `tokens.bin`, the ids one after the other, and `corpus.json`.
+    The folder holds the ids in one or more files, and `corpus.json`.
     """
 
     folder: Path
     tokenizer: Tokenizer
-    num_tokens: int
+    shards: tuple[Shard, ...]
+    """The files, in the order of the text."""
     num_train: int
     """Ids [0, num_train) are for training, [num_train, num_tokens) for validation."""
-    sha256: str
-    """Of `tokens.bin`."""
 
-    def tokens(self, split: Split) -> np.ndarray:
-        """The ids of one part, memory-mapped.
+    @property
+    def num_tokens(self) -> int:
+        """How many ids there are in all."""
+        return sum(shard.num_tokens for shard in self.shards)
 
-        Each call maps the file anew: pages that were read through a mapping count as this
-        process's memory until it is closed.
-        """
-        dtype = _id_dtype(self.tokenizer.vocab_size)
-        everything = np.memmap(self.folder / "tokens.bin", dtype, "r", shape=(self.num_tokens,))
-        train = split == "train"
-        return everything[: self.num_train] if train else everything[self.num_train :]
+    @property
+    def sha256(self) -> str:
+        """Of the ids."""
+        return shards.fingerprint(self.shards)
+
+    def tokens(self, split: Split) -> Tokens:
+        """The ids of one part, memory-mapped."""
+        dtype = shards.id_dtype(self.tokenizer.vocab_size)
+        bounds = (0, self.num_train) if split == "train" else (self.num_train, self.num_tokens)
+        return Tokens(self.folder, self.shards, dtype, *bounds)
 
     def num_bytes(self, split: Split) -> int:
         """The bytes of UTF-8 that the symbols of one part stand for, its first left out."""
-        tokens, lengths = self.tokens(split)[1:], self.tokenizer.byte_lengths
-        blocks = range(0, len(tokens), _BLOCK)
+        tokens, lengths = self.tokens(split), self.tokenizer.byte_lengths
+        blocks = range(1, len(tokens), _BLOCK)
         return sum(int(lengths[tokens[n : n + _BLOCK]].sum()) for n in blocks)
 
     def check_windows(self, context: int) -> None:
@@ -102,22 +104,24 @@ class Corpus:
 
 
 def build(
-    source: Path,
+    source: Path | Sequence[Unit],
     folder: Path,
     tokenizer: Kind | Tokenizer,
     valid_fraction: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    processes: int = 1,
 ) -> Corpus:
     """Read a text of any size into a corpus folder, in blocks.
 
     Args:
         source: a UTF-8 file, or a folder whose files are read in the order of their paths (hidden
-            ones left out), each ending in a line break.
+            ones left out), each ending in a line break; or units of either or of a dataset.
         folder: where to write; made if missing.
         tokenizer: "characters", whose vocabulary is then taken from the text; "bytes"; "bpe:V",
             whose V symbols are learnt from the training part; or one that exists already.
         valid_fraction: the last part of the text is for validation, 0 < valid_fraction <= 1.
-        progress: told the bytes read so far and in all.
+        progress: told how much was read so far and in all.
+        processes: that read units side by side; the ids do not depend on it.
 
     Raises:
         FileNotFoundError: there is no `source`.
@@ -128,34 +132,33 @@ def build(
     """
     if not 0 < valid_fraction <= 1:
         raise ValueError(f"`valid_fraction` must be in (0, 1], got {valid_fraction}")
-    files = _files(source)
-    total = sum(path.stat().st_size for path in files)
-    if total == 0:
-        raise ValueError(f"`data` must hold text, {source} is empty")
+    units = sources.of_files(source) if isinstance(source, Path) else list(source)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    # read once to make a tokenizer, and once for the ids
+    passes = 2 if isinstance(tokenizer, str) and tokenizer != Bytes.kind else 1
+    total, done = passes * sources.total(units), 0
+
+    def read(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
     if isinstance(tokenizer, str):
-        num_train = int(total * (1 - valid_fraction))
-        tokenizer = _made(tokenizer, files, num_train, lambda done: progress(done // 2, total))
-    if isinstance(tokenizer, Bytes):
-        blocks = _bytes(files, lambda done: progress(done, total))
-        ids = (np.frombuffer(block, dtype=np.uint8) for _, _, block in blocks)
-    else:
-        blocks = _characters(files, lambda done: progress((total + done) // 2, total))
-        whole = isinstance(tokenizer, BPE)
-        ids = tokenizer.encode_blocks(blocks) if whole else map(tokenizer.encode, blocks)
-    num_tokens, digest = 0, hashlib.sha256()
-    with replacing(folder / "tokens.bin") as file:
-        for block in ids:
-            content = block.astype(_id_dtype(tokenizer.vocab_size)).tobytes()
-            file.write(content)
-            digest.update(content)
-            num_tokens += len(block)
-    corpus = Corpus(
-        folder, tokenizer, num_tokens, int(num_tokens * (1 - valid_fraction)), digest.hexdigest()
-    )
+        tokenizer = _made(tokenizer, units, 1 - valid_fraction, processes, read)
+    written = shards.write(units, folder, tokenizer, processes, read)
+    num_train = int(sum(shard.num_tokens for shard in written) * (1 - valid_fraction))
+    corpus = Corpus(folder, tokenizer, tuple(written), num_train)
     _save(corpus)
+    for path in set(folder.glob("tokens*.bin")) - {folder / shard.name for shard in written}:
+        # of a text that was here before
+        path.unlink()
     return corpus
+
+
+def is_corpus(folder: Path) -> bool:
+    """Whether `build` wrote `folder`."""
+    return (folder / "corpus.json").is_file()
 
 
 def load(folder: Path) -> Corpus:
@@ -172,23 +175,23 @@ def load(folder: Path) -> Corpus:
         saved = json.loads(path.read_text(encoding="utf-8"))
         tokenizer = tokenizers.from_json(saved["tokenizer"])
         num_tokens, num_train = int(saved["num_tokens"]), int(saved["num_train"])
-        corpus = Corpus(folder, tokenizer, num_tokens, num_train, saved["sha256"])
+        # one file had no list of files at first
+        listed = saved.get("shards", [["tokens.bin", num_tokens, saved["sha256"]]])
+        found = tuple(Shard(str(name), int(count), str(digest)) for name, count, digest in listed)
+        corpus = Corpus(folder, tokenizer, found, num_train)
+        # a name is no path to somewhere else
+        bad = [shard.name for shard in found if Path(shard.name).name != shard.name]
+        if bad or corpus.sha256 != saved["sha256"] or corpus.num_tokens != num_tokens:
+            raise ValueError(f"its files {bad or found} do not fit")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     if not 0 <= num_train <= num_tokens:
         raise ValueError(f"{path} is damaged: `num_train` must be in [0, {num_tokens}]")
-    tokens = folder / "tokens.bin"
-    if not tokens.is_file() or _sha256(tokens) != corpus.sha256:
-        raise ValueError(f"{tokens} is damaged: its content does not fit its checksum")
+    for shard in corpus.shards:
+        tokens = folder / shard.name
+        if not tokens.is_file() or shards.sha256(tokens) != shard.sha256:
+            raise ValueError(f"{tokens} is damaged: its content does not fit its checksum")
     return corpus
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _save(corpus: Corpus) -> None:
@@ -197,13 +200,10 @@ def _save(corpus: Corpus) -> None:
         "num_tokens": corpus.num_tokens,
         "num_train": corpus.num_train,
         "sha256": corpus.sha256,
+        "shards": corpus.shards,
     }
     content = json.dumps(saved, ensure_ascii=False, indent=1)
     write_atomically(corpus.folder / "corpus.json", content.encode("utf-8"))
-
-
-def _id_dtype(vocab_size: int) -> np.dtype:
-    return np.min_scalar_type(vocab_size - 1)
 
 
 def _batch(windows: np.ndarray, mask: np.ndarray) -> Batch:
@@ -212,74 +212,37 @@ def _batch(windows: np.ndarray, mask: np.ndarray) -> Batch:
     return Batch(ids[:, :-1], ids[:, 1:], torch.from_numpy(mask))
 
 
-def _files(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        what = "is neither" if source.exists() else "does not exist"
-        raise FileNotFoundError(f"`data` must name a file or folder, {source} {what}")
-    inside = (path.relative_to(source) for path in source.rglob("*"))
-    shown = sorted(p for p in inside if not any(part.startswith(".") for part in p.parts))
-    files = [source / path for path in shown if (source / path).is_file()]
-    if not files:
-        raise ValueError(f"`data` must hold text, the folder {source} has no files")
-    return files
-
-
-def _bytes(files: list[Path], progress: Callable[[int], None]) -> Iterator[tuple[Path, int, bytes]]:
-    """(file, offset, bytes) block by block; an empty block marks the end of each file."""
-    done = 0
-    for path in files:
-        offset, last = 0, b""
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                yield path, offset, block
-                offset, last = offset + len(block), block
-                progress(done + offset)
-        done += offset
-        # files of a folder are separate texts: the next one starts on a line of its own
-        if len(files) > 1 and last and not last.endswith(b"\n"):
-            yield path, offset, b"\n"
-        yield path, offset, b""
-
-
-def _characters(files: list[Path], progress: Callable[[int], None]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for path, offset, block in _bytes(files, progress):
-        # the first bytes of a character that the block before ended in
-        begun = len(decoder.getstate()[0])
-        try:
-            yield decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"`data` must be UTF-8, {path} has byte 0x{error.object[error.start]:02x} at "
-                f"offset {offset - begun + error.start} ({error.reason}); the tokenizer 'bytes' "
-                "accepts it"
-            ) from error
-
-
-def _beginning(blocks: Iterator[str], size: int) -> Iterator[str]:
-    """The first `size` bytes of the text; a character that they cut in two is left out."""
-    for block in blocks:
-        content = block.encode("utf-8")
-        yield content[:size].decode("utf-8", errors="ignore")
-        size -= len(content)
-        if size <= 0:
-            return
-
-
 def _made(
-    kind: Kind, files: list[Path], num_train: int, progress: Callable[[int], None]
+    kind: Kind,
+    units: Sequence[Unit],
+    share: float,
+    processes: int,
+    progress: Callable[[int], None],
 ) -> Tokenizer:
-    """The tokenizer `kind`, from the text; BPE from its first `num_train` bytes."""
+    """The tokenizer `kind`, from the text; BPE from the first `share` of it."""
     size = tokenizers.bpe_size(kind)
     if size:
-        return bpe.learn(_beginning(_characters(files, progress), num_train), size)
-    return Bytes() if kind == Bytes.kind else Characters(_vocabulary(files, progress))
+        return bpe.learn(_beginning(units, share, progress), size)
+    if kind == Bytes.kind:
+        return Bytes()
+    return Characters(shards.vocabulary(units, processes, progress))
 
 
-def _vocabulary(files: list[Path], progress: Callable[[int], None]) -> str:
-    seen = np.zeros(_NUM_CODE_POINTS, dtype=bool)
-    for text in _characters(files, progress):
-        seen[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)] = True
-    return "".join(map(chr, np.flatnonzero(seen)))
+def _beginning(
+    units: Sequence[Unit], share: float, progress: Callable[[int], None]
+) -> Iterator[str]:
+    """The first `share` of the text; a character that it ends in is left out."""
+    left = int(share * sources.total(units))
+
+    def read(size: int) -> None:
+        nonlocal left
+        left -= size
+        progress(size)
+
+    for unit in units:
+        for block in sources.characters(unit, read):
+            if left <= 0:
+                content = block.encode("utf-8")
+                yield content[: len(content) + left].decode("utf-8", errors="ignore")
+                return
+            yield block

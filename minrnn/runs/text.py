@@ -67,7 +67,7 @@ def go_on(folder: Path) -> Result:
         # built by the first process if it is not there yet
         made: list[Corpus] = []
         ranks.on_first(lambda: made.append(_corpus(config, folder, saved, progress)))
-        corpus = made[0] if made else text_data.load(folder / "corpus")
+        corpus = made[0] if made else corpus_of(folder, config)
         windows = Windows(corpus, config.context, config.windows, config.train.batch_size)
         task = TextTask(windows, config.valid_limit)
         model_config = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
@@ -106,6 +106,19 @@ def read(folder: Path) -> TextConfig:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
 
 
+def corpus_of(folder: Path, config: TextConfig) -> Corpus:
+    """The text of the run in `folder` as ids: its own, or one that `minrnn data text` made.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        ValueError: it is damaged.
+    """
+    own = folder / "corpus"
+    if config.data is not None and not text_data.is_corpus(own):
+        return text_data.load(config.data)
+    return text_data.load(own)
+
+
 def _progress(config: TextConfig) -> Progress:
     tokens = config.train.batch_size * config.context
     return Progress(config.train.steps, tokens, shown=ranks.is_first())
@@ -113,8 +126,8 @@ def _progress(config: TextConfig) -> Progress:
 
 def _corpus(config: TextConfig, folder: Path, saved: dict[str, Any], progress: Progress) -> Corpus:
     ids = folder / "corpus"
-    if (ids / "corpus.json").is_file():
-        corpus = text_data.load(ids)
+    if text_data.is_corpus(ids) or (config.data and text_data.is_corpus(config.data)):
+        corpus = corpus_of(folder, config)
     else:
         source = config.data
         if source is None:

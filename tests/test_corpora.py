@@ -1,0 +1,165 @@
+"""Texts in units and files, read side by side: the same ids whatever their number."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minrnn import checkpoint, cli
+from minrnn.data import sources, text
+from minrnn.runs.corpora import CorpusConfig, build
+
+WORDS = "Tó bé, or not  to be:\n\n  that is (the) question — whether 't is nobler. "
+
+
+def _ids(corpus: text.Corpus) -> np.ndarray:
+    return np.concatenate([corpus.tokens("train")[:], corpus.tokens("valid")[:]])
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_UNIT", 1000)
+    monkeypatch.setattr(sources, "_BLOCK", 64)
+
+
+def _folder(path: Path) -> Path:
+    """Files longer than a unit, short ones, an empty one."""
+    path.mkdir()
+    for number, times in enumerate((40, 1, 0, 3, 25, 2)):
+        (path / f"{number}.txt").write_text(WORDS * times)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["characters", "bytes", "bpe:300"])
+def test_many_units_have_the_ids_of_one(tmp_path, monkeypatch, kind) -> None:
+    folder = _folder(tmp_path / "texts")
+    one = text.build(folder, tmp_path / "one", kind, 0.1)
+    assert len(one.shards) == 1
+    monkeypatch.setattr(sources, "_UNIT", 1000)
+    monkeypatch.setattr(sources, "_BLOCK", 64)
+    units = sources.of_files(folder)
+    assert len(units) > 4
+    assert sum(unit.size for unit in units) == sum(p.stat().st_size for p in folder.iterdir())
+    told: list[tuple[int, int]] = []
+    many = text.build(
+        folder, tmp_path / "many", one.tokenizer, 0.1, lambda *done: told.append(done)
+    )
+    assert len(many.shards) == len(units)
+    assert one.tokenizer.decode(_ids(many).tolist()) == one.tokenizer.decode(_ids(one).tolist())
+    if kind != "bpe:300":
+        # between files a pair may have been merged
+        assert np.array_equal(_ids(many), _ids(one))
+    assert many.num_train == int(0.9 * many.num_tokens)
+    assert told[-1][0] == told[-1][1]
+    again = text.load(tmp_path / "many")
+    assert (again.shards, again.sha256) == (many.shards, many.sha256)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe:300"])
+def test_one_long_file_is_cut_where_no_symbol_is(tmp_path, small_units, kind) -> None:
+    (tmp_path / "text.txt").write_text(WORDS * 100)
+    units = sources.of_files(tmp_path / "text.txt")
+    assert len(units) > 5
+    many = text.build(tmp_path / "text.txt", tmp_path / "many", kind, 0.1)
+    whole = many.tokenizer.encode(WORDS * 100)
+    assert np.array_equal(_ids(many), whole)
+
+
+def test_a_text_without_a_place_to_cut_stays_whole(tmp_path, small_units) -> None:
+    (tmp_path / "text.txt").write_text("漢" * 5000)
+    [unit] = sources.of_files(tmp_path / "text.txt")
+    assert unit.size == 15_000
+
+
+def test_slices_cross_files(tmp_path, small_units) -> None:
+    (tmp_path / "text.txt").write_text(WORDS * 100)
+    corpus = text.build(tmp_path / "text.txt", tmp_path / "corpus", "bytes", 0.5)
+    whole, tokens = _ids(corpus), corpus.tokens("train")
+    assert len(tokens) == corpus.num_train
+    for first, stop in ((0, 10), (900, 1100), (0, len(tokens)), (5, 5), (1500, 3700)):
+        assert np.array_equal(tokens[first:stop], whole[first:stop])
+    valid = corpus.tokens("valid")
+    assert np.array_equal(valid[:100], whole[corpus.num_train : corpus.num_train + 100])
+    assert np.array_equal(valid[-3:], whole[-3:])
+
+
+def test_processes_write_the_same_files(tmp_path, monkeypatch) -> None:
+    """In processes of their own, which know nothing of patched sizes: units of files."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(WORDS * (number + 1))
+    monkeypatch.setattr(sources, "_UNIT", 100)
+    one = text.build(folder, tmp_path / "one", "characters", 0.1)
+    two = text.build(folder, tmp_path / "two", "characters", 0.1, processes=2)
+    assert len(one.shards) > 2
+    assert one.shards == two.shards
+    assert one.tokenizer.to_json() == two.tokenizer.to_json()
+    bad = folder / "1.txt"
+    bad.write_bytes(bad.read_bytes() + b"\xff")
+    with pytest.raises(ValueError, match=r"`data` must be UTF-8, .*1\.txt has byte 0xff"):
+        text.build(folder, tmp_path / "three", "characters", 0.1, processes=2)
+    assert not text.is_corpus(tmp_path / "three")
+
+
+def test_the_files_of_an_earlier_text_go(tmp_path, small_units) -> None:
+    (tmp_path / "text.txt").write_text(WORDS * 100)
+    text.build(tmp_path / "text.txt", tmp_path / "corpus", "bytes", 0.1)
+    (tmp_path / "text.txt").write_text(WORDS)
+    corpus = text.build(tmp_path / "text.txt", tmp_path / "corpus", "bytes", 0.1)
+    assert [p.name for p in (tmp_path / "corpus").glob("*.bin")] == ["tokens.bin"]
+    assert text.load(tmp_path / "corpus").shards == corpus.shards
+
+
+def test_damaged_files_are_named(tmp_path, small_units) -> None:
+    (tmp_path / "text.txt").write_text(WORDS * 100)
+    corpus = text.build(tmp_path / "text.txt", tmp_path / "corpus", "bytes", 0.1)
+    path = tmp_path / "corpus" / corpus.shards[2].name
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=r"tokens-00002\.bin is damaged"):
+        text.load(tmp_path / "corpus")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"tokens-00002\.bin is damaged"):
+        text.load(tmp_path / "corpus")
+    listed = tmp_path / "corpus" / "corpus.json"
+    listed.write_text(listed.read_text().replace("tokens-00002.bin", "../text.txt"))
+    with pytest.raises(ValueError, match=r"corpus\.json is damaged"):
+        text.load(tmp_path / "corpus")
+
+
+def test_a_corpus_of_one_file_and_no_list_still_opens(tmp_path) -> None:
+    (tmp_path / "text.txt").write_text(WORDS)
+    corpus = text.build(tmp_path / "text.txt", tmp_path / "corpus", "bytes", 0.1)
+    listed = tmp_path / "corpus" / "corpus.json"
+    saved = text.json.loads(listed.read_text())
+    del saved["shards"]
+    listed.write_text(text.json.dumps(saved))
+    assert text.load(tmp_path / "corpus").shards == corpus.shards
+
+
+def test_a_run_takes_a_corpus_that_is_there(tmp_path, capsys) -> None:
+    (tmp_path / "text.txt").write_text(WORDS * 20)
+    corpus, run = tmp_path / "corpus", tmp_path / "run"
+    made = ["data", "text", str(corpus), "--data", str(tmp_path / "text.txt")]
+    assert cli.main([*made, "--tokenizer", "bytes", "--processes", "1"]) == 0
+    assert f"{20 * len(WORDS.encode()):,} symbols of 256 kinds, files: 1" in capsys.readouterr().out
+    options = ["--steps", "2", "--context", "8", "--width", "8", "--num-layers", "1"]
+    command = ["train", "text", "--data", str(corpus), "--out", str(run), *options]
+    assert cli.main([*command, "--windows", "shuffled", "--batch-size", "2"]) == 0
+    assert not (run / "corpus").exists()
+    assert checkpoint.load(run).model.config.vocab_size == 256
+    assert cli.main(["eval", str(run)]) == 0
+    assert cli.main(["info", str(run)]) == 0
+
+
+def test_wrong_settings_are_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="one of `data` and `dataset` must be given, got neither"):
+        build(tmp_path / "out", CorpusConfig())
+    with pytest.raises(ValueError, match="got both"):
+        build(tmp_path / "out", CorpusConfig(data=tmp_path, dataset="a"))
+    with pytest.raises(ValueError, match="`processes` must be >= 0, got -1"):
+        CorpusConfig(processes=-1)
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(ValueError, match="`out` must be a new folder"):
+        build(tmp_path, CorpusConfig(data=tmp_path / "mine"))
+    assert (tmp_path / "mine").read_text() == "keep"
