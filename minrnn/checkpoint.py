@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -214,10 +215,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     Raises:
         SaveError: the folder cannot be written to, or the disk is full; the old file stays.
     """
+    _write(path, to_bytes(tensors, notes))
+
+
+def to_bytes(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> bytes:
+    """What `write_tensors` writes; `from_bytes` reads it."""
     plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     metadata = {"format": FORMAT, "notes": json.dumps(notes, sort_keys=True)}
     metadata["sha256"] = _digest(plain, metadata["notes"])
-    _write(path, serialize(plain, metadata=metadata))
+    return serialize(plain, metadata=metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -236,11 +242,37 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
+    return tensors, _checked_notes(str(path), tensors, metadata)
+
+
+def from_bytes(content: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `to_bytes` made.
+
+    Args:
+        content: the bytes.
+        name: what a message calls them.
+
+    Raises:
+        ValueError: they are truncated, altered, or something else.
+    """
+    try:
+        tensors = deserialize(content)
+        # 8 bytes say how long the header is
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{name} is damaged or truncated: {error}") from error
+    return tensors, _checked_notes(name, tensors, metadata)
+
+
+def _checked_notes(
+    name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, Any]:
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} must have format {FORMAT!r}, got {metadata.get('format')!r}")
+        raise ValueError(f"{name} must have format {FORMAT!r}, got {metadata.get('format')!r}")
     if _digest(tensors, metadata.get("notes", "")) != metadata.get("sha256"):
-        raise ValueError(f"{path} is damaged: its content does not fit its checksum")
-    return tensors, json.loads(metadata["notes"])
+        raise ValueError(f"{name} is damaged: its content does not fit its checksum")
+    return json.loads(metadata["notes"])
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -67,10 +68,17 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Delete the temporary files that a killed process left in `folder`."""
+def remove_leftovers(folder: str | os.PathLike[str], older_than: float = 0.0) -> None:
+    """Delete the temporary files that a killed process left in `folder`.
+
+    Args:
+        folder: whose subfolders are left alone.
+        older_than: seconds since they were written to, where other processes may be writing.
+    """
     for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if not older_than or time.time() - path.stat().st_mtime > older_than:
+                path.unlink()
 
 
 def _umask() -> int:

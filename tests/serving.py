@@ -20,9 +20,9 @@ from minrnn.data.tokenizers import Tokenizer
 from minrnn.serve.app import create_app
 from minrnn.serve.config import Limits
 from minrnn.serve.engine import Engine, EngineConfig
+from minrnn.serve.folder_store import FolderStore
 from minrnn.serve.server import listen
 from minrnn.serve.service import Service
-from minrnn.serve.sessions import SessionStore
 from minrnn.serve.worker import Worker
 
 TEXT = "abcdefgh .,\n"
@@ -52,7 +52,7 @@ def served(
     model, tokenizer = minrnn.load(run)
     assert isinstance(model, minrnn.LanguageModel)
     assert tokenizer is not None
-    sessions = SessionStore(run / "sessions", "a model", limits.sessions_per_key)
+    sessions = FolderStore(run / "sessions", "a model", limits.sessions_per_key)
     service = Service("tiny", tokenizer, Worker(Engine(model, engine)), sessions, limits)
     app = create_app(service, keys)
     with listen("127.0.0.1", 0, limits.client_seconds) as listening:

@@ -10,7 +10,8 @@ import torch
 
 from minrnn.checkpoint import read_tensors
 from minrnn.serve.config import Limits
-from minrnn.serve.sessions import Session, SessionStore
+from minrnn.serve.folder_store import FolderStore
+from minrnn.serve.sessions import Session
 from minrnn.state import State
 from tests.serving import ask, make_run, served
 
@@ -75,8 +76,8 @@ def test_a_session_is_not_deleted_while_it_is_read(run, monkeypatch) -> None:
 
 def test_sessions_of_another_model_are_refused(tmp_path) -> None:
     session = Session(State({"h": torch.ones(1, 2)}), (1,), 5, 0.0, 0.0)
-    SessionStore(tmp_path, "one model").save("me", "x", session)
-    other = SessionStore(tmp_path, "another model")
+    FolderStore(tmp_path, "one model").save("me", "x", session)
+    other = FolderStore(tmp_path, "another model")
     with pytest.raises(ValueError, match="session 'x' is of another model"):
         other.load("me", "x")
     [path] = tmp_path.glob("*/x.session")
@@ -84,13 +85,13 @@ def test_sessions_of_another_model_are_refused(tmp_path) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
-        SessionStore(tmp_path, "one model").load("me", "x")
+        FolderStore(tmp_path, "one model").load("me", "x")
     with pytest.raises(ValueError, match=r"a session's name must be 1 to 64 .* got '../x'"):
         other.load("me", "../x")
 
 
 def test_session_files_hold_the_state_to_the_bit(tmp_path) -> None:
-    store = SessionStore(tmp_path, "a model")
+    store = FolderStore(tmp_path, "a model")
     state = State({"0": State({"h": torch.randn(1, 7), "conv": torch.randn(1, 3, 2).double()})})
     store.save("me", "x", Session(state, (3, 4), 9, 1.5, 2.5))
     found = store.load("me", "x")

@@ -48,10 +48,10 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
         >>> from minrnn.models import LanguageModel, ModelConfig
         >>> from minrnn.serve.config import Limits
         >>> from minrnn.serve.engine import Engine
-        >>> from minrnn.serve.sessions import SessionStore
+        >>> from minrnn.serve.folder_store import FolderStore
         >>> from minrnn.serve.worker import Worker
         >>> model = LanguageModel(ModelConfig(vocab_size=256, width=8)).eval()
-        >>> store = SessionStore(pathlib.Path(tempfile.mkdtemp()), "a model")
+        >>> store = FolderStore(pathlib.Path(tempfile.mkdtemp()), "a model")
         >>> service = Service("tiny", Bytes(), Worker(Engine(model)), store, Limits())
         >>> app = create_app(service, keys=["secret"])
         >>> service.worker.close()

@@ -82,7 +82,11 @@ class ServeConfig:
     keys: Path | None = None
     """A file of API keys, one a line; None serves everybody."""
     sessions: Path | None = None
-    """The folder of the sessions; None for `sessions` in the run folder."""
+    """The folder of the sessions; None for `sessions` in the run folder. Servers on one machine
+    may share it."""
+    redis: str | None = None
+    """In place of the folder, the address of a Redis that servers on many machines share, e.g.
+    redis://localhost:6379/0."""
     grace: float = 10.0
     """Seconds that open texts may go on after SIGTERM before they are saved and ended."""
     device: str = "cpu"
@@ -96,5 +100,7 @@ class ServeConfig:
         check_fields(self)
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"`port` must be in [0, 65535], got {self.port}")
+        if self.redis and self.sessions:
+            raise ValueError("`redis` and `sessions` are two places for the same; give one of them")
         if self.grace < 0:
             raise ValueError(f"`grace` must be >= 0, got {self.grace}")

@@ -13,13 +13,14 @@ import torch
 import uvicorn
 
 from minrnn import checkpoint
-from minrnn.files import locked
 from minrnn.interrupts import Interrupts
 from minrnn.models import LanguageModel
 from minrnn.packing import pack_model
 from minrnn.serve.app import create_app
 from minrnn.serve.config import ServeConfig
 from minrnn.serve.engine import Engine
+from minrnn.serve.folder_store import FolderStore
+from minrnn.serve.redis_store import RedisStore
 from minrnn.serve.service import Service
 from minrnn.serve.sessions import SessionStore
 from minrnn.serve.worker import Worker
@@ -47,25 +48,18 @@ def serve(config: ServeConfig, device: torch.device) -> None:
 
     Raises:
         FileNotFoundError: there is no run, or no file of keys.
-        ValueError: the run is damaged, holds no language model, or is served already.
-        OSError: the address cannot be listened on.
+        ValueError: the run is damaged, or holds no language model.
+        OSError: the address cannot be listened on, or the sessions cannot be reached.
     """
     keys = read_keys(config.keys) if config.keys else []
     return_freed_memory()
     model, tokenizer = checkpoint.load(config.run)
     if not isinstance(model, LanguageModel) or tokenizer is None:
         raise ValueError(f"{config.run} holds no language model with a tokenizer")
-    folder = config.sessions or config.run / "sessions"
-    folder.mkdir(parents=True, exist_ok=True)
-    # two servers would not know of each other's running sessions
-    with (
-        locked(folder / ".lock"),
-        listen(config.host, config.port, config.limits.client_seconds) as listening,
-    ):
-        sessions = SessionStore(folder, _checksum(config.run), config.limits.sessions_per_key)
+    with listen(config.host, config.port, config.limits.client_seconds) as listening:
         engine = Engine(pack_model(model.to(device), config.weights), config.engine)
         name = config.name or config.run.resolve().name
-        service = Service(name, tokenizer, Worker(engine), sessions, config.limits)
+        service = Service(name, tokenizer, Worker(engine), open_store(config), config.limits)
         host, port = listening.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"{name} on {address}, {engine.state_bytes:,} bytes of state a stream", flush=True)
@@ -77,6 +71,20 @@ def serve(config: ServeConfig, device: torch.device) -> None:
         # uvicorn raises the signal again once all is done: it ends the command well
         with Interrupts():
             _Server(settings, service, config.grace).run([listening])
+
+
+def open_store(config: ServeConfig) -> SessionStore:
+    """Where the sessions are kept: Redis, or a folder.
+
+    Raises:
+        OSError: the folder cannot be made, or Redis does not answer.
+        ValueError: the address of Redis is none.
+        ModuleNotFoundError: the package redis is not installed.
+    """
+    model, most = _checksum(config.run), config.limits.sessions_per_key
+    if config.redis:
+        return RedisStore(config.redis, model, most)
+    return FolderStore(config.sessions or config.run / "sessions", model, most)
 
 
 def read_keys(path: Path) -> Sequence[str]:

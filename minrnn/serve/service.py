@@ -99,7 +99,7 @@ class Service:
         try:
             self._submit(completion)
         except BaseException:
-            self._release(completion)
+            await self._release(completion)
             raise
         return completion
 
@@ -129,7 +129,7 @@ class Service:
                 message = "the text has ended, but its session could not be saved"
                 raise Refused(500, "session_not_saved", message) from failed
         finally:
-            self._release(completion)
+            await self._release(completion)
 
     async def drain(self, grace: float) -> None:
         """Take no new requests; after `grace` seconds end the open texts where they stand."""
@@ -146,6 +146,7 @@ class Service:
         while self.open.total():
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self.worker.close)
+        await asyncio.to_thread(self.sessions.close)
 
     def _check(self, body: CompletionBody) -> None:
         if self.draining or not self.worker.alive:
@@ -228,14 +229,14 @@ class Service:
         """Claim a session for this request; None if it begins with it."""
         assert body.session is not None
         place = (owner, body.session)
-        self.claims.take(*place)
+        await self.claims.take(*place)
         try:
             session = await asyncio.to_thread(self._load, *place)
             if session is None:
                 await self.claims.begin(*place)
             return session
         except BaseException:
-            self.claims.release(*place)
+            await self.claims.release(*place)
             raise
 
     def _load(self, owner: str, name: str) -> Session | None:
@@ -245,6 +246,9 @@ class Service:
             return None
         except ValueError as error:
             raise Refused(409, "session_unusable", str(error), "session") from error
+        except OSError as error:
+            message = "the sessions cannot be reached"
+            raise Refused(503, "sessions_unavailable", message, "session") from error
 
     def _submit(self, completion: Completion) -> None:
         body, per, session = completion.body, completion.body.n or 1, completion.session
@@ -283,10 +287,10 @@ class Service:
         await asyncio.to_thread(self.sessions.save, completion.owner, name, session)
         completion.saved[index] = (name, session)
 
-    def _release(self, completion: Completion) -> None:
-        self._close(completion.owner, len(completion.choices))
+    async def _release(self, completion: Completion) -> None:
         if completion.body.session:
-            self.claims.release(completion.owner, completion.body.session)
+            await self.claims.release(completion.owner, completion.body.session)
+        self._close(completion.owner, len(completion.choices))
 
     def _close(self, owner: str, num_texts: int) -> None:
         self.open[owner] -= num_texts

@@ -1,20 +1,20 @@
-"""Sessions: states saved under names, each in a file of its owner's folder."""
+"""Sessions: states saved under names, and the one interface of what keeps them.
+
+Several servers may share a store, so that any of them goes on with any session; each session is
+claimed by one of them at a time.
+"""
 
 import hashlib
 import re
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from minrnn.checkpoint import read_tensors, write_tensors
-from minrnn.files import remove_leftovers
+from minrnn.checkpoint import from_bytes, to_bytes
 from minrnn.state import State
 
 # also a file's name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_ENDING = ".session"
 
 
 @dataclass(frozen=True)
@@ -36,62 +36,70 @@ class Session:
     updated: float
 
 
-class SessionStore:
-    """A folder of sessions; a file is whole or not there, whatever kills the process.
+class ClaimLostError(OSError):
+    """A session was to be saved by a server that holds it no more."""
+
+
+class SessionStore(ABC):
+    """Where sessions are kept. Its methods may wait for a disk or a network.
 
     Args:
-        folder: made if missing.
         model: what tells one model's sessions from another's, e.g. a checksum of its weights.
         most: sessions of one owner.
-
-    Raises:
-        OSError: the folder cannot be made.
-
-    Example:
-        >>> import tempfile, torch
-        >>> store = SessionStore(Path(tempfile.mkdtemp()), "a model")
-        >>> now = Session(State({"h": torch.ones(1, 2)}), (5,), 9, 0.0, 0.0)
-        >>> store.save("an owner", "chapter-1", now)
-        >>> store.load("an owner", "chapter-1").unread, store.names("an owner")
-        ((5,), ['chapter-1'])
-        >>> store.names("another")
-        []
     """
 
-    def __init__(self, folder: Path, model: str, most: int = 1000) -> None:
-        self.folder, self.model, self.most = folder, model, most
-        folder.mkdir(parents=True, exist_ok=True)
-        for owned in folder.iterdir():
-            if owned.is_dir():
-                remove_leftovers(owned)
+    def __init__(self, model: str, most: int = 1000) -> None:
+        self.model, self.most = model, most
 
+    @abstractmethod
     def names(self, owner: str) -> list[str]:
         """The names of an owner's sessions, sorted."""
-        return sorted(path.name.removesuffix(_ENDING) for path in self._files(owner))
 
+    @abstractmethod
     def count(self) -> int:
         """Sessions of all owners."""
-        return sum(1 for _ in self.folder.glob(f"*/*{_ENDING}"))
 
-    def exists(self, owner: str, name: str) -> bool:
-        """Whether there is such a session."""
-        return self._path(owner, name).is_file()
+    @abstractmethod
+    def read(self, owner: str, name: str) -> bytes | None:
+        """What was written under the name; None if nothing was."""
 
-    def is_full(self, owner: str) -> bool:
-        """Whether an owner has as many sessions as are allowed."""
-        return sum(1 for _ in self._files(owner)) >= self.most
+    @abstractmethod
+    def write(self, owner: str, name: str, content: bytes) -> None:
+        """Write a session, whole or not at all.
+
+        Raises:
+            ClaimLostError: another server has claimed it, or may have.
+            OSError: it cannot be written; an older one stays.
+        """
+
+    @abstractmethod
+    def remove(self, owner: str, name: str) -> bool:
+        """Remove a session; False if there was none."""
+
+    @abstractmethod
+    def claim(self, owner: str, name: str) -> bool:
+        """Take a session, there or not, for this server; False if another has it."""
+
+    @abstractmethod
+    def release(self, owner: str, name: str) -> None:
+        """Let go of a claimed session."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of all."""
 
     def load(self, owner: str, name: str) -> Session:
         """Read a session.
 
         Raises:
             FileNotFoundError: there is none of that name.
-            ValueError: the name is none, the file is damaged, or it is of another model.
+            ValueError: the name is none, what was saved is damaged, or it is of another model.
         """
-        path = self._path(owner, name)
-        if not path.is_file():
+        check_name(name)
+        content = self.read(owner, name)
+        if content is None:
             raise FileNotFoundError(f"there is no session {name!r}")
-        tensors, notes = read_tensors(path)
+        tensors, notes = from_bytes(content, f"session {name!r}")
         if notes.get("model") != self.model:
             raise ValueError(f"session {name!r} is of another model")
         return Session(
@@ -107,18 +115,18 @@ class SessionStore:
 
         Raises:
             ValueError: the name is none.
+            ClaimLostError: another server has claimed it, or may have.
             OSError: it cannot be written; the older one stays.
         """
-        path = self._path(owner, name)
-        path.parent.mkdir(exist_ok=True)
-        notes: dict[str, Any] = {
+        check_name(name)
+        notes = {
             "model": self.model,
             "unread": list(session.unread),
             "num_symbols": session.num_symbols,
             "created": session.created,
             "updated": session.updated,
         }
-        write_tensors(path, session.state.flatten(), notes)
+        self.write(owner, name, to_bytes(session.state.flatten(), notes))
 
     def fork(self, owner: str, name: str, to: str) -> Session:
         """Copy a session under the name `to`.
@@ -128,7 +136,8 @@ class SessionStore:
             FileExistsError: there is one named `to`.
             ValueError: a name is none.
         """
-        if self.exists(owner, to):
+        check_name(to)
+        if self.read(owner, to) is not None:
             raise FileExistsError(f"there is a session {to!r} already")
         old = self.load(owner, name)
         now = time.time()
@@ -143,22 +152,24 @@ class SessionStore:
             FileNotFoundError: there is none of that name.
             ValueError: the name is none.
         """
-        try:
-            self._path(owner, name).unlink()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no session {name!r}") from None
+        check_name(name)
+        if not self.remove(owner, name):
+            raise FileNotFoundError(f"there is no session {name!r}")
 
-    def _files(self, owner: str) -> Iterator[Path]:
-        return self._folder(owner).glob(f"[!.]*{_ENDING}")
 
-    def _folder(self, owner: str) -> Path:
-        # an owner may be called anything
-        return self.folder / hashlib.sha256(owner.encode()).hexdigest()[:32]
+def check_name(name: str) -> None:
+    """`name` can be a session's.
 
-    def _path(self, owner: str, name: str) -> Path:
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                "a session's name must be 1 to 64 of the letters A-Z, a-z, 0-9, '.', '_', '-', "
-                f"the first a letter or digit, got {name!r:.80}"
-            )
-        return self._folder(owner) / f"{name}{_ENDING}"
+    Raises:
+        ValueError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            "a session's name must be 1 to 64 of the letters A-Z, a-z, 0-9, '.', '_', '-', "
+            f"the first a letter or digit, got {name!r:.80}"
+        )
+
+
+def place_of(owner: str) -> str:
+    """An owner, who may be called anything, as a short name of letters and digits."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:32]
