@@ -102,10 +102,12 @@ def train(
     with (
         warnings.catch_warnings(),
         Interrupts() as interrupts,
-        contextlib.closing(_Loop(model, task, config, folder)) as loop,
+        contextlib.ExitStack() as stack,
     ):
+        ranks.on_first(lambda: stack.enter_context(locked(folder / ".lock")) is None)
+        loop = stack.enter_context(contextlib.closing(_Loop(model, task, config, folder)))
         loop.run(report, interrupts)
-    return Result(loop.step, loop.best_loss, loop.best_step, not loop.over)
+        return Result(loop.step, loop.best_loss, loop.best_step, not loop.over)
 
 
 class _Loop:
@@ -115,8 +117,6 @@ class _Loop:
         self.task, self.config, self.folder = task, config, folder
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
         self.ranks = ranks.of(config.time_ranks)
-        self.stack = contextlib.ExitStack()
-        ranks.on_first(lambda: self.stack.enter_context(locked(folder / ".lock")))
         launched = launching.launch(model, config, self.ranks, folder)
         self.accelerator, self.model, self.optimizer, self.prepared = launched
         self.raw_model = self.accelerator.unwrap_model(self.model)
@@ -208,8 +208,9 @@ class _Loop:
         weights = self.folder / checkpoint.WEIGHTS
         if self.best_step and not weights.is_file() and self.step != self.best_step:
             raise ValueError(f"{weights} is missing: the best weights, of step {self.best_step}")
-        if self.step == self.best_step and not self._has_weights_of(self.step):
-            # the process was killed before it wrote them
+        # the process was killed before it wrote them; seen by one, since they may appear meanwhile
+        unwritten = self.step == self.best_step
+        if ranks.on_first(lambda: unwritten and not self._has_weights_of(self.step)):
             self._save_weights(training_state.weights(self.raw_model))
         return metrics_size
 
@@ -321,7 +322,7 @@ class _Loop:
         checkpoint.write_tensors(self._last, tensors, notes)
 
     def close(self) -> None:
-        """Close the logs, give the folder free."""
+        """Close the logs."""
         if self.metrics is not None:
             self.metrics.close()
         for tracker in self.accelerator.trackers:
@@ -329,7 +330,6 @@ class _Loop:
             tracker.finish()
         # Accelerate keeps its settings for the process; the next training may want others
         AcceleratorState._reset_state(reset_partial_state=True)
-        self.stack.close()
 
     def _clip(self) -> float:
         """Clip the gradient; the norm it had."""
