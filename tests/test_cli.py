@@ -196,7 +196,7 @@ def test_bad_checkpoints_are_refused(run: Path, tmp_path, capsys) -> None:
 def test_unknown_words_are_refused_with_the_known(source: Path, capsys) -> None:
     assert "unknown command 'trian' (known: train text, " in _refused(capsys, "trian")
     said = _refused(capsys, "data", "shakespear", "x")
-    assert "(known: data shakespeare, data tiny-shakespeare, " in said
+    assert "(known: data text, data shakespeare, data tiny-shakespeare, " in said
     said = _refused(capsys, "train", "text", "--recipe", "shakespear", "--data", source)
     assert "shakespear" in said
     assert "'shakespeare', 'demo'" in said

@@ -213,12 +213,12 @@ def test_a_run_is_stopped_resumed_and_the_same(recorded, tmp_path, monkeypatch, 
     assert _train(recorded, whole, "--steps", "9") == 0
     draw, calls = windows, 0
 
-    def impatient(data, steps, batch_size, seed):
+    def impatient(data, steps, batch_size, seed, *noise):
         nonlocal calls
         calls += seed[0] < 2
         if calls == 5:
             raise KeyboardInterrupt
-        return draw(data, steps, batch_size, seed)
+        return draw(data, steps, batch_size, seed, *noise)
 
     monkeypatch.setattr("minrnn.tasks.windows", impatient)
     assert _train(recorded, parts, "--steps", "9") == 130
