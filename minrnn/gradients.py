@@ -75,6 +75,19 @@ def backward(
         scale(value).backward()
         return value.detach(), last.map(Tensor.detach)
     pieces = [_cut(batch, first, first + chunk) for first in range(0, T, chunk)]
+    return _piece_by_piece(model, loss, pieces, count, state, scale, unsynced)
+
+
+def _piece_by_piece(
+    model: Callable[..., tuple[Tensor, State]],
+    loss: Loss,
+    pieces: list[Batch],
+    count: float,
+    state: State | None,
+    scale: Callable[[Tensor], Tensor],
+    unsynced: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> tuple[Tensor, State]:
+    """`backward` over the pieces of a sequence, from the last to the first."""
     # every piece draws the same dropout both times
     seed = torch.initial_seed()
     states = _states_before(model, pieces, state, seed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from minrnn import gradients
 from minrnn.bench import memory, truth
 from minrnn.bench.compare import Row, Table
+from minrnn.bench.measure import Turn, summarize
 from minrnn.data.batch import Batch
 from minrnn.losses import next_symbol
 from minrnn.models import LanguageModel, ModelConfig
@@ -48,8 +49,9 @@ def measured(quick: bool = False) -> Iterator[Table]:
     for number, (title, unit) in enumerate(zip(_TITLES, ("MB", "us"), strict=True)):
         rows = []
         for (name, T), told in found.items():
-            low, median, high = _quartiles([one[number] for one in told])
-            row = Row(f"{name}, T = {T:,}", T=T, value=median, low=low, high=high, rounds=repeats)
+            seen = summarize([Turn(one[number]) for one in told])
+            row = Row(f"{name}, T = {T:,}", T=T, value=seen.median, low=seen.low, high=seen.high)
+            row = replace(row, rounds=repeats)
             rows.append(replace(row, error=error if name != "all at once" else None))
         ours = rows[0].value
         rows = [replace(row, ratio=row.value / ours if ours else None) for row in rows]
@@ -58,13 +60,6 @@ def measured(quick: bool = False) -> Iterator[Table]:
 
 def _wrong(rows: list[Row]) -> tuple[Row, ...]:
     return tuple(replace(row, value=None, ratio=None, note="wrong") for row in rows)
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, median, high = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    )
-    return float(low), float(median), float(high)
 
 
 def _told(T: int, chunk: int) -> tuple[float, float]:
