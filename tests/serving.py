@@ -69,9 +69,11 @@ def served(
 
 
 @contextlib.contextmanager
-def process(run: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def process(
+    run: Path, *options: str, command: Sequence[str] = ("minrnn",)
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`minrnn serve` as a process of its own; its address and itself."""
-    command = [sys.executable, "-m", "minrnn", "serve", str(run), "--port", "0", *options]
+    command = [sys.executable, "-m", *command, "serve", str(run), "--port", "0", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as server:

@@ -1,10 +1,14 @@
 """Gradients of a long sequence piece by piece are those of the whole."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from minrnn import gradients
+from minrnn.bench import chunk as long_sequence
+from minrnn.bench import memory
 from minrnn.data.batch import Batch
 from minrnn.losses import next_symbol
 from minrnn.models import LanguageModel, ModelConfig
@@ -41,6 +45,39 @@ def test_pieces_give_the_gradient_of_the_whole(mixer, chunk) -> None:
         pieces = _taken(model, batch, state=before, chunk=chunk)
         for one, other in zip(pieces, whole, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def _long_gradients(dtype: torch.dtype, chunk: int) -> list[Tensor]:
+    """Of a language model of 2 layers and width 64 over 2^14 symbols."""
+    model, batch = long_sequence.build().to(dtype), long_sequence.batch_of(1 << 14)
+    gradients.backward(model, next_symbol, batch, chunk=chunk)
+    return [p.grad.double() for p in model.parameters() if p.grad is not None]
+
+
+def test_a_long_sequence_has_the_gradient_of_the_whole() -> None:
+    whole = _long_gradients(torch.float64, 0)
+    for one, other in zip(_long_gradients(torch.float64, 4096), whole, strict=True):
+        assert (one - other).abs().max() < 1e-13 * other.abs().max()
+    # in float32 a sum over 2^14 steps and one over 4 sums of 2^12 round differently; both are
+    # equally far from float64, where a pre-activation or two lie on the other side of g's kink
+    single, pieces = _long_gradients(torch.float32, 0), _long_gradients(torch.float32, 4096)
+    norm = torch.cat([x.flatten() for x in whole]).norm()
+    apart = torch.cat([(x - y).flatten() for x, y in zip(single, pieces, strict=True)]).norm()
+    assert apart < 1e-6 * norm
+    for one, other, right in zip(pieces, single, whole, strict=True):
+        rounding = (other - right).abs().max() + 1e-6 * right.abs().max()
+        assert (one - right).abs().max() < 1.5 * rounding
+        assert (one - other).abs().max() < 1e-5 * right.abs().max()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_sequence() -> None:
+    said = "from minrnn.bench import chunk; chunk.report({}, 2048, 1)"
+    (short, _), (long_, _) = (memory.told(said.format(T)) for T in (1 << 13, 1 << 16))
+    # T / chunk states of 2 layers lie within this
+    assert long_ < 1.1 * short
+    whole, _ = memory.told("from minrnn.bench import chunk; chunk.report(1 << 13, 0, 1)")
+    assert whole > 1.5 * short
 
 
 def test_dropout_is_the_same_when_a_piece_is_run_again() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from minrnn import gradients
 from minrnn.bench import memory, truth
 from minrnn.bench.compare import Row, Table
-from minrnn.bench.measure import Turn, summarize
+from minrnn.bench.measure import Turn, summarize, tell_allocator
 from minrnn.data.batch import Batch
 from minrnn.losses import next_symbol
 from minrnn.models import LanguageModel, ModelConfig
@@ -73,14 +73,20 @@ def report(T: int, chunk: int, threads: int) -> None:
     """Print megabytes and microseconds a step; run in a fresh process.
 
     The gradient of a short sequence goes first: what the first use of a library takes, and what
-    the parameters' gradients take, is no part of the peak. The time is that of a second run.
+    the parameters' gradients take, is no part of the peak. The peak is of what is in use: the
+    allocator gives freed blocks back, since by itself glibc keeps up to twice as much in the gaps
+    between small blocks, another amount in each process. The time is that of a run with the pages
+    kept from the run before it, so that neither form pays for new ones.
     """
     torch.set_num_threads(threads)
+    tell_allocator(keep=False)
     model, warm, batch = build(), batch_of(1 << 10), batch_of(T)
     gradients.backward(model, next_symbol, warm, chunk=chunk)
     before = memory.resident(reset=True)
     gradients.backward(model, next_symbol, batch, chunk=chunk)
     peak = memory.resident(peak=True) - before
+    tell_allocator(keep=True)
+    gradients.backward(model, next_symbol, batch, chunk=chunk)
     start = time.perf_counter()
     gradients.backward(model, next_symbol, batch, chunk=chunk)
     seconds = time.perf_counter() - start

@@ -63,6 +63,8 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
         await service.close()
 
     app = FastAPI(title="minrnn", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # for what runs the application and asks after it
+    app.state.service = service
     metrics = Metrics(service)
     owner = _authentication(app, {_owner(key) for key in keys})
     _open_routes(app, service, metrics)

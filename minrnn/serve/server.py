@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from minrnn import checkpoint
+from minrnn.data.tokenizers import Tokenizer
 from minrnn.interrupts import Interrupts
 from minrnn.models import LanguageModel
 from minrnn.packing import pack_model
@@ -52,17 +54,13 @@ def serve(config: ServeConfig, device: torch.device) -> None:
         OSError: the address cannot be listened on, or the sessions cannot be reached.
     """
     keys = read_keys(config.keys) if config.keys else []
-    return_freed_memory()
-    model, tokenizer = checkpoint.load(config.run)
-    if not isinstance(model, LanguageModel) or tokenizer is None:
-        raise ValueError(f"{config.run} holds no language model with a tokenizer")
+    model, tokenizer = _language_model(config.run)
     with listen(config.host, config.port, config.limits.client_seconds) as listening:
-        engine = Engine(pack_model(model.to(device), config.weights), config.engine)
-        name = config.name or config.run.resolve().name
-        service = Service(name, tokenizer, Worker(engine), open_store(config), config.limits)
+        service = _service(config, model.to(device), tokenizer)
         host, port = listening.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"{name} on {address}, {engine.state_bytes:,} bytes of state a stream", flush=True)
+        state_bytes = service.worker.engine.state_bytes
+        print(f"{service.name} on {address}, {state_bytes:,} bytes of state a stream", flush=True)
         settings = uvicorn.Config(
             create_app(service, keys),
             log_level="warning",
@@ -71,6 +69,41 @@ def serve(config: ServeConfig, device: torch.device) -> None:
         # uvicorn raises the signal again once all is done: it ends the command well
         with Interrupts():
             _Server(settings, service, config.grace).run([listening])
+
+
+def open_app(config: ServeConfig, device: torch.device) -> FastAPI:
+    """What `serve` serves, as an ASGI application for another server's processes.
+
+    Its engine runs in a thread of this process, until the application is shut down. `host`, `port`
+    and `grace` are the other server's business.
+
+    Args:
+        config: what to serve.
+        device: where to compute.
+
+    Raises:
+        FileNotFoundError: there is no run, or no file of keys.
+        ValueError: the run is damaged, or holds no language model.
+        OSError: the sessions cannot be reached.
+    """
+    keys = read_keys(config.keys) if config.keys else []
+    model, tokenizer = _language_model(config.run)
+    return create_app(_service(config, model.to(device), tokenizer), keys)
+
+
+def _language_model(run: Path) -> tuple[LanguageModel, Tokenizer]:
+    model, tokenizer = checkpoint.load(run)
+    if not isinstance(model, LanguageModel) or tokenizer is None:
+        raise ValueError(f"{run} holds no language model with a tokenizer")
+    return model, tokenizer
+
+
+def _service(config: ServeConfig, model: LanguageModel, tokenizer: Tokenizer) -> Service:
+    return_freed_memory()
+    store = open_store(config)
+    engine = Engine(pack_model(model, config.weights), config.engine)
+    name = config.name or config.run.resolve().name
+    return Service(name, tokenizer, Worker(engine), store, config.limits)
 
 
 def open_store(config: ServeConfig) -> SessionStore:
