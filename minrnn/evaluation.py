@@ -16,6 +16,7 @@ def evaluate(
     loss: Callable[[Tensor, Batch], Tensor],
     batches: Iterable[Batch],
     among: Ranks = Ranks(),
+    streams: bool = False,
 ) -> float:
     """Measure the mean loss over all targets of `batches`, with dropout off.
 
@@ -24,6 +25,8 @@ def evaluate(
         loss: (answers, batch) -> the mean over the targets of the batch that count.
         batches: brought to the device of the model.
         among: the processes that share the batches; all of them must call this.
+        streams: each row goes on where that of the batch before ended, and so does its state; the
+            processes then share the rows of each batch, in place of the batches.
 
     Returns:
         The mean over all targets, each counting once.
@@ -35,9 +38,11 @@ def evaluate(
     model.eval()
     total, num_targets = 0.0, 0
     device = next(model.parameters()).device
-    for batch, counts in _shares(batches, among):
+    state = None
+    for batch, counts in _rows(batches, among) if streams else _shares(batches, among):
         batch = among.part(batch).to(device)
-        answers = model(batch.inputs)[0]
+        answers, behind = model(batch.inputs, state)
+        state = behind if streams else None
         if counts and (count := batch.num_targets):
             total += loss(answers, batch).item() * count
             num_targets += count
@@ -54,3 +59,9 @@ def _shares(batches: Iterable[Batch], among: Ranks) -> Iterator[tuple[Batch, boo
     while group := list(itertools.islice(remaining, among.num_data)):
         counts = among.data < len(group)
         yield group[among.data if counts else 0], counts
+
+
+def _rows(batches: Iterable[Batch], among: Ranks) -> Iterator[tuple[Batch, bool]]:
+    """The rows of each batch that are this process's."""
+    for batch in batches:
+        yield batch.rows(among.rows(len(batch.inputs))), True

@@ -28,10 +28,16 @@ class TextTask:
         """Whether the windows of `step` stand behind those of the step before."""
         return self.windows.goes_on(step)
 
+    @property
+    def validates_streams(self) -> bool:
+        """Whether each row of a validation batch goes on where that of the batch before ended."""
+        return self.windows.order == "consecutive"
+
     def validation(self, batch_size: int) -> Iterator[Batch]:
-        """The validation part, or as much of it as `valid_limit` says."""
+        """The validation part, or as much of it as `valid_limit` says, read as the training is."""
         windows = self.windows
-        return windows.corpus.windows(windows.context, batch_size, self.valid_limit)
+        read = windows.corpus.streams if self.validates_streams else windows.corpus.windows
+        return read(windows.context, batch_size, self.valid_limit)
 
     def loss(self, answers: Tensor, batch: Batch) -> Tensor:
         """Nats per symbol."""
@@ -44,6 +50,8 @@ class DecisionTask:
     There is no part that is only validated on: what counts is the return in the environment. The
     validation loss is that of the same eight batches of the data each time.
     """
+
+    validates_streams = False
 
     def __init__(self, data: Trajectories, steps: int, observation_noise: float = 0.0) -> None:
         self.data, self.steps, self.observation_noise = data, steps, observation_noise

@@ -40,6 +40,11 @@ class Task(Protocol):
         """Whether the batch of `step` begins where that of the step before ended."""
         ...
 
+    @property
+    def validates_streams(self) -> bool:
+        """Whether each row of a validation batch goes on where that of the batch before ended."""
+        ...
+
     def validation(self, batch_size: int) -> Iterable[Batch]:
         """The validation part, the same each time."""
         ...
@@ -288,8 +293,9 @@ class _Loop:
 
     def validate(self, event: Event) -> Event:
         """Measure the validation loss."""
-        batches = self.task.validation(self.config.batch_size)
-        valid_loss = evaluate(self.model, self.task.loss, batches, self.ranks)
+        task = self.task
+        batches, streams = task.validation(self.config.batch_size), task.validates_streams
+        valid_loss = evaluate(self.model, task.loss, batches, self.ranks, streams)
         if not math.isfinite(valid_loss):
             raise self._not_finite("the validation loss", valid_loss, self.step)
         self._log({"valid_loss": valid_loss})

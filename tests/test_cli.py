@@ -1,6 +1,7 @@
 """The command: what it prints, and one line with exit code 2 for whatever a person gets wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,16 @@ def test_eval_measures_the_whole_validation_part(run: Path, source: Path, capsys
     other = json.loads(capsys.readouterr().out)
     assert other["symbols"] == 43 * 30 - 1
     assert other["context"] == 8
+
+
+def test_eval_reads_as_the_training_validated(source: Path, tmp_path, capsys) -> None:
+    run = tmp_path / "streams"
+    options = ["--width", "8", "--num-layers", "1", "--context", "16", "--batch-size", "4"]
+    options += ["--windows", "consecutive", "--steps", "4", "--out", str(run)]
+    assert cli.main(["train", "text", "--data", str(source), *options]) == 0
+    best = float(re.findall(r"best validation loss (\S+) nats", capsys.readouterr().out)[0])
+    assert cli.main(["eval", str(run)]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(best, abs=1e-4)
 
 
 def test_generate_streams_what_was_asked_for(run: Path, capsys) -> None:

@@ -10,6 +10,10 @@ import torch
 from minrnn.data import shakespeare, sources, text, tokenizers
 from minrnn.data.tokenizers import Bytes, Characters
 from minrnn.data.windows import Windows, permuted
+from minrnn.evaluation import evaluate
+from minrnn.losses import next_symbol
+from minrnn.models import LanguageModel, ModelConfig
+from minrnn.tasks import TextTask
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "tinyshakespeare.txt"
 MIXED = "a,é—漢🎭\r\n\tz" * 50
@@ -179,6 +183,37 @@ def test_consecutive_windows_go_on_where_the_last_ended(tmp_path) -> None:
     assert windows.batch(1, (0, 1, 2)).inputs.equal(ids[1][2:])
     with pytest.raises(ValueError, match="each of `batch_size` = 20 streams"):
         Windows(corpus, 6, "consecutive", 20)
+
+
+@pytest.mark.parametrize(("context", "count", "limit"), [(7, 3, 0), (50, 64, 0), (7, 3, 23)])
+def test_streams_hold_every_target_once(tmp_path, context, count, limit) -> None:
+    corpus = _build(tmp_path, bytes(range(200)), "bytes", 0.5)
+    batches = list(corpus.streams(context, count, limit))
+    assert all(batch.inputs.shape == (count, context) for batch in batches)
+    inputs, targets, mask = (
+        torch.cat([getattr(batch, name) for batch in batches], dim=1)
+        for name in ("inputs", "targets", "mask")
+    )
+    # row by row, each stream without a gap, and the streams behind each other
+    wanted = torch.arange(100, 100 + (limit or 99))
+    assert inputs[mask].equal(wanted)
+    assert targets[mask].equal(wanted + 1)
+
+
+def test_streams_are_evaluated_as_they_are_read(tmp_path) -> None:
+    corpus = _build(tmp_path, bytes(range(200)), "bytes", 0.5)
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=256, width=8, num_layers=1)).double()
+    # one stream in windows of 7 is one window of all
+    [whole] = corpus.windows(99, 1)
+    wanted = evaluate(model, next_symbol, [whole])
+    found = evaluate(model, next_symbol, corpus.streams(7, 1), streams=True)
+    assert found == pytest.approx(wanted, rel=1e-12)
+    task = TextTask(Windows(corpus, 7, "consecutive", 4))
+    assert task.validates_streams
+    assert evaluate(model, next_symbol, task.validation(4), streams=True) != found
+    # without its state, each window begins anew
+    assert evaluate(model, next_symbol, corpus.streams(7, 1)) != pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize(("context", "batch_size", "limit"), [(7, 3, 0), (50, 64, 0), (7, 3, 23)])

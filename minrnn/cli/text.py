@@ -53,7 +53,7 @@ def evaluate_text(
     run: Positional[Path],
     data: Path | None = None,
     context: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     device: str = "auto",
 ) -> int:
     """Measure the model of a run: on the validation part of its text, or in its environment.
@@ -63,14 +63,18 @@ def evaluate_text(
     Args:
         run: the run folder.
         data: another UTF-8 text, measured whole; None for the run's own validation part.
-        context: symbols in a window; 0 for those of the training.
-        batch_size: windows at a time.
+        context: symbols in a window, each begun without a state; 0 reads as the training's
+            validation did: in windows as long, or, of consecutive ones, in streams.
+        batch_size: windows at a time, or streams; None for 64, or the training's streams.
         device: where to compute; auto for a GPU if there is one.
     """
     model, tokenizer = checkpoint.load(run)
-    if data is None or not context:
+    rows, streams = 64, False
+    if not context:
         config = text_runs.read(run)
-        context = context or config.context
+        context, streams = config.context, config.windows == "consecutive"
+        rows = config.train.batch_size if streams else rows
+    batch_size = rows if batch_size is None else batch_size
     if context < 1 or batch_size < 1:
         raise ValueError(f"`context` and `batch_size` must be >= 1, got {context}, {batch_size}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -80,8 +84,8 @@ def evaluate_text(
             corpus = text_data.build(data, Path(scratch), tokenizer, valid_fraction=1.0)
         else:
             raise ValueError(f"{run} was saved without a tokenizer")
-        windows = corpus.windows(context, batch_size)
-        loss = evaluate(model.to(device_of(device)), losses.next_symbol, windows)
+        batches = (corpus.streams if streams else corpus.windows)(context, batch_size)
+        loss = evaluate(model.to(device_of(device)), losses.next_symbol, batches, streams=streams)
         size, num_bytes = corpus.num_tokens - corpus.num_train - 1, corpus.num_bytes("valid")
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}: the model's weights are broken")
@@ -93,7 +97,8 @@ def evaluate_text(
     print(
         f"{loss:.4f} nats, {figures['bits']:.4f} bits per symbol, "
         f"{figures['bits_per_byte']:.4f} bits per byte, "
-        f"perplexity {figures['perplexity']:.2f}, over {size:,} symbols in windows of {context}"
+        f"perplexity {figures['perplexity']:.2f}, over {size:,} symbols in "
+        + (f"{batch_size} streams" if streams else f"windows of {context}")
     )
     return 0
 

@@ -102,6 +102,31 @@ class Corpus:
                 mask[row, : last - first] = True
             yield _batch(windows, mask)
 
+    def streams(self, context: int, count: int, limit: int = 0) -> Iterator[Batch]:
+        """The validation part as `count` streams side by side, each read window after window.
+
+        Row n of a batch goes on where row n of the batch before ended. Every symbol but the first
+        is a target once; what lies behind the end of a stream is masked.
+
+        Args:
+            context: symbols in a window.
+            count: streams, the rows of each batch.
+            limit: targets at most; 0 for all.
+        """
+        tokens = self.tokens("valid")
+        num_targets = min(limit or len(tokens), len(tokens) - 1)
+        length = -(-num_targets // count)
+        for begin in range(0, length, context):
+            windows = np.zeros((count, context + 1), dtype=np.int64)
+            mask = np.zeros((count, context), dtype=bool)
+            for row in range(count):
+                first, end = row * length + begin, min((row + 1) * length, num_targets)
+                size = max(0, min(context, end - first))
+                if size:
+                    windows[row, : size + 1] = tokens[first : first + size + 1]
+                mask[row, :size] = True
+            yield _batch(windows, mask)
+
 
 def build(
     source: Path | Sequence[Unit],
