@@ -59,13 +59,34 @@ class Ranks:
         share = batch_size // self.num_data
         return slice(self.data * share, (self.data + 1) * share)
 
-    def part(self, batch: Batch) -> Batch:
-        """The steps of `batch` that this process has."""
+    def part(self, batch: Batch, chunk: int = 0) -> Batch:
+        """The steps of `batch` that this process has.
+
+        With `chunk` the sequences are cut into pieces, and each piece is shared by all processes,
+        so that each has `chunk` steps of it: whatever of a state crosses from piece to piece is
+        then the same on all.
+
+        Raises:
+            ValueError: the steps cannot be shared so.
+        """
         if self.num_time == 1:
             return batch
-        share = batch.inputs.shape[1] // self.num_time
-        steps = slice(self.time * share, (self.time + 1) * share)
-        return Batch(batch.inputs[:, steps], batch.targets[:, steps], batch.mask[:, steps])
+        T = batch.inputs.shape[1]
+        own = T // self.num_time
+        own = min(chunk, own) if chunk else own
+        if not own or T % (own * self.num_time):
+            raise ValueError(
+                f"sequences must be a multiple of {max(1, own) * self.num_time} steps, "
+                f"`time_ranks` = {self.num_time}"
+                + (f" times `chunk` = {own}" if chunk else "")
+                + f", got {T}"
+            )
+
+        def steps(x: Tensor) -> Tensor:
+            # (B, T, ...) -> (B, pieces, num_time, own, ...) -> (B, pieces * own, ...)
+            return x.unflatten(1, (-1, self.num_time, own))[:, :, self.time].flatten(1, 2)
+
+        return Batch(steps(batch.inputs), steps(batch.targets), steps(batch.mask))
 
     def all_rows(self, x: Tensor) -> Tensor:
         """The rows (B, ...) that the processes have of `x`, one share after the other."""

@@ -261,7 +261,7 @@ class _Loop:
         config, accelerator, among = self.config, self.accelerator, self.ranks
         size = config.batch_size // config.accumulation
         seed = (config.seed, self.step, part)
-        batch = among.part(self.task.batch(size, seed, among.rows(size)))
+        batch = among.part(self.task.batch(size, seed, among.rows(size)), config.chunk)
         batch = batch.to(accelerator.device)
         # the mean over all processes of their shares is the mean over the targets of all
         count = among.sums(batch.num_targets)[0] / among.count

@@ -76,11 +76,6 @@ class TrainConfig:
                     raise ValueError(f"`{name}` must be {range_}, got {getattr(self, name)}")
         if self.patience and self.keep == "last":
             raise ValueError("`patience` waits for a best loss, and `keep` is 'last'")
-        if self.chunk and self.time_ranks > 1:
-            raise ValueError(
-                f"`chunk` = {self.chunk} cuts what `time_ranks` = {self.time_ranks} processes hold "
-                "parts of; give one of them"
-            )
         if self.seed >= 1 << 63:
             raise ValueError(f"`seed` must be below 2^63, got {self.seed}")
         if self.batch_size % self.accumulation:

@@ -12,8 +12,10 @@ from ranks import on_ranks
 
 from minrnn import checkpoint, launching
 from minrnn.data import text
+from minrnn.data.batch import Batch
 from minrnn.data.windows import Windows
 from minrnn.models import LanguageModel, ModelConfig
+from minrnn.ranks import Ranks
 from minrnn.tasks import TextTask
 from minrnn.train import train
 from minrnn.train_config import TrainConfig
@@ -59,6 +61,7 @@ def _check_trainings(folder: Path, ranks: int) -> None:
                 config = replace(CONFIG, time_ranks=time_ranks)
                 _train(folder / f"{ranks}-{time_ranks}-{order}", config, order)
     _train(folder / f"{ranks}-chunk", replace(CONFIG, chunk=5, accumulation=2), "consecutive")
+    _train(folder / f"{ranks}-time-chunk", replace(CONFIG, chunk=4, time_ranks=2), "consecutive")
     # what `accelerate launch --use_fsdp --fsdp_version 2` says
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     sharded, original = [], launching.fully_shard
@@ -80,3 +83,21 @@ def test_curves_are_those_of_one_process(folder, ranks) -> None:
         theirs, _ = checkpoint.read_tensors(folder / f"one-{order}" / "model.safetensors")
         for name, x in theirs.items():
             torch.testing.assert_close(ours[name], x, atol=1e-5, rtol=0)
+
+
+def test_processes_share_each_piece_of_a_sequence() -> None:
+    steps = torch.arange(24).repeat(2, 1)
+    batch = Batch(steps, steps + 1, steps >= 0)
+    three = [Ranks(time=n, num_time=3) for n in range(3)]
+    assert three[1].part(batch).inputs[0].tolist() == list(range(8, 16))
+    assert three[1].part(batch, chunk=100).inputs[0].tolist() == list(range(8, 16))
+    assert three[2].part(batch, chunk=4).inputs[0].tolist() == [8, 9, 10, 11, 20, 21, 22, 23]
+    pieces = torch.stack([one.part(batch, 2).targets.unflatten(1, (4, 2)) for one in three], 2)
+    assert pieces.flatten(1).equal(batch.targets)
+    for num_time, chunk, message in (
+        (5, 0, "multiple of 20 steps, `time_ranks` = 5, got 24"),
+        (3, 5, "multiple of 15 steps, `time_ranks` = 3 times `chunk` = 5, got 24"),
+        (25, 0, "multiple of 25 steps, `time_ranks` = 25, got 24"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Ranks(num_time=num_time).part(batch, chunk)

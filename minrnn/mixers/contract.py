@@ -57,7 +57,10 @@ class DepthwiseConv(nn.Module):
         # (B, T, width) seen as an image (B, width, 1, T) with the channels innermost: so the
         # convolution needs no transposed copy
         image = x.transpose(1, 2)[:, :, None]
-        image = F.conv2d(image, self.weight[:, :, None], self.bias, groups=self.weight.shape[0])
+        # squeezed first: its gradient then has the strides of the weight itself, as processes that
+        # share gradients want it
+        weight = self.weight.squeeze(1)[:, None, None]
+        image = F.conv2d(image, weight, self.bias, groups=self.weight.shape[0])
         if last is None:
             # a copy: a view would keep all of x alive for its last steps
             last = x[:, x.shape[1] - past.shape[1] :].clone()
