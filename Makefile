@@ -73,7 +73,7 @@ figures: $(VENV)/ready
 	$(BIN)/python docs/figures.py
 
 bench: $(VENV)/peers
-	for name in scan length layer packed step stream mixers decision train-step memory chunk; do \
+	for name in scan length layer packed step stream mixers decision train-step memory chunk scale; do \
 	    $(BIN)/minrnn bench $$name --out results || exit; \
 	done
 

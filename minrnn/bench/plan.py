@@ -219,7 +219,7 @@ def best(model: Model, batch: int, T: int, count: int, machine: Machine) -> tupl
     # a fifth is for what is not counted
     fits = [(one, found) for one, found in costs if found.memory <= 0.8 * machine.memory]
     if not fits:
-        raise ValueError(f"{model.name} on {count} x {machine.name} does not fit")
+        raise ValueError(f"{model.name} does not fit into {count} x {machine.name}")
     return min(fits, key=lambda pair: pair[1].seconds)
 
 

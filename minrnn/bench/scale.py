@@ -73,7 +73,7 @@ def measured(quick: bool = False) -> Iterator[Table]:
         "calculated from one process and the rates of each start", (), "ms", _here(model, found)
     )
     for config in (SMALL, BIG):
-        model = plan.counted("", config)
+        model = plan.counted("a model", config)
         for batch, steps in BATCHES:
             size = f"{model.parameters / 1e9:.2g} B parameters, {batch:,} x {steps:,} symbols"
             rows = tuple(_calculated(model, batch, steps, count) for count in GPUS)
