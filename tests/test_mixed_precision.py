@@ -61,10 +61,13 @@ def test_losses_are_those_of_float32(source, tmp_path) -> None:
     }
     wanted = _lines(runs_of["float32"], "valid_loss")
     assert wanted[-1] < 2.0
-    # measured at most 1.8e-3 and 2.0e-4; not 0, which would be float32 under another name
+    # The second is taken where the loss falls by 1.4 % a step: rounding moves it by up to 0.08 of
+    # a step (float16, processors with AVX512-FP16; without 0.015). The last, where it is flat, is
+    # measured at most 2.0e-3 and 3.4e-4 off; not 0, which would be float32 under another name.
     for name, tolerance in (("bfloat16", 1e-2), ("float16", 1e-3)):
         losses = _lines(runs_of[name], "valid_loss")
-        assert losses == pytest.approx(wanted, rel=tolerance)
+        assert losses == pytest.approx(wanted, rel=1e-2)
+        assert losses[-1] == pytest.approx(wanted[-1], rel=tolerance)
         assert losses != wanted
 
 
