@@ -1,12 +1,15 @@
 """How the next symbol is drawn: from probabilities and one uniform number, each row by itself."""
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minrnn.configs import check_fields
+from minrnn.splitmix import GAMMA, mixed
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,44 @@ class Sampling:
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise ValueError(f"`seed` must be in [0, 2^63), got {self.seed}")
 
-    def generator(self) -> torch.Generator:
-        """The source of a text's uniform numbers, one for each symbol; it stands on the CPU."""
-        random = torch.Generator()
-        if self.seed is None:
-            random.seed()
-        else:
-            random.manual_seed(self.seed)
-        return random
+    def uniforms(self) -> "Uniforms":
+        """The source of a text's uniform numbers, one for each symbol."""
+        return Uniforms(secrets.randbits(63) if self.seed is None else self.seed)
 
 
-def draw(
-    logits: Tensor, samplings: Sequence[Sampling], random: Sequence[torch.Generator]
-) -> Tensor:
+@dataclass(slots=True)
+class Uniforms:
+    """Uniform numbers of one seed, the same on every device; it fits into a hundred bytes.
+
+    Number n is SplitMix64's behind the mixed seed. A generator of torch or numpy would be kept for
+    each of thousands of texts, in kilobytes, and asked for each number by itself.
+    """
+
+    seed: int
+    """in [0, 2^63)"""
+    count: int = 0
+    """numbers drawn"""
+
+    @staticmethod
+    def next(sources: Sequence["Uniforms"]) -> np.ndarray:
+        """The next number of each of R sources, (R,) float64 in [0, 1).
+
+        Example:
+            >>> one, other = Uniforms(0), Uniforms(0)
+            >>> a, b = Uniforms.next([one, one])
+            >>> bool(Uniforms.next([other])[0] == a != b)
+            True
+        """
+        counts = []
+        for source in sources:
+            source.count += 1
+            counts.append(source.count)
+        seeds = mixed(np.array([source.seed for source in sources], dtype=np.uint64))
+        states = seeds + np.array(counts, dtype=np.uint64) * np.uint64(GAMMA)
+        return (mixed(states) >> np.uint64(11)) * 2.0**-53
+
+
+def draw(logits: Tensor, samplings: Sequence[Sampling], random: Sequence[Uniforms]) -> Tensor:
     """Draw one symbol for each row; no row depends on the others.
 
         symbol = min {i: p_1 + ... + p_i > u},  u uniform in [0, 1)
@@ -60,7 +88,7 @@ def draw(
     Args:
         logits: (B, V), before the softmax.
         samplings: B of them; their seeds are not used.
-        random: B generators on the CPU; each gives one number.
+        random: B of them; each gives one number.
 
     Returns:
         (B,) int64, on the CPU.
@@ -70,14 +98,13 @@ def draw(
 
     Example:
         >>> logits = torch.tensor([[0.0, 5.0, 1.0]])
-        >>> draw(logits, [Sampling(temperature=0)], [torch.Generator()]).tolist()
+        >>> draw(logits, [Sampling(temperature=0)], [Uniforms(0)]).tolist()
         [1]
     """
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("`logits` must be finite: the model's weights are broken")
-    # float64, and a GPU's generators would draw other numbers
     logits = logits.detach().to("cpu", torch.float64)
-    u = torch.stack([torch.rand((), dtype=torch.float64, generator=one) for one in random])
+    u = torch.from_numpy(Uniforms.next(random))
     likeliest = logits.argmax(dim=-1)
     rows = [row for row, one in enumerate(samplings) if one.temperature > 0]
     if not rows:

@@ -44,7 +44,7 @@ class Stream:
         self.device = next(model.parameters()).device
         self.state = model.init_state(1) if state is None else state
         self._logits: Tensor | None = None
-        self._random = sampling.generator()
+        self._random = sampling.uniforms()
 
     @torch.no_grad()
     def prime(self, ids: Sequence[int] | Tensor) -> None:

@@ -3,13 +3,14 @@
 import gc
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
 import minrnn
 from minrnn import stream
 from minrnn.data.tokenizers import Bytes, Characters
-from minrnn.sampling import Sampling, draw
+from minrnn.sampling import Sampling, Uniforms, draw
 from minrnn.stream import StopText, Stream, generate, until
 
 LETTERS = Characters("abcde\n")
@@ -58,9 +59,36 @@ def test_a_stream_forks(model) -> None:
     assert [trunk.step() for _ in range(8)] == [branch.step() for _ in range(8)]
 
 
+def test_uniform_numbers() -> None:
+    sources = [Uniforms(seed) for seed in range(400)]
+    # (draws, seeds)
+    u = torch.from_numpy(np.stack([Uniforms.next(sources) for _ in range(500)]))
+    assert 0 <= float(u.min()) < 1e-4
+    assert 1 - 1e-4 < float(u.max()) < 1
+    # Kolmogorov and Smirnov: 1.95 / sqrt(N) is passed once in a thousand times
+    for x in (u, u[:, :1], u[:1], u[7:8]):
+        ordered, N = x.flatten().sort().values, x.numel()
+        steps = torch.arange(1, N + 1, dtype=torch.float64) / N
+        assert float((ordered - steps).abs().max()) < 1.95 / N**0.5
+    # neither neighbouring seeds nor neighbouring draws know of each other
+    centred = u - 0.5
+    for one, other in (
+        (centred[:, 1:], centred[:, :-1]),
+        (centred[1:], centred[:-1]),
+        (centred[1:, 1:], centred[:-1, :-1]),
+        (centred[1:, :-1], centred[:-1, 1:]),
+    ):
+        correlation = 12 * float((one * other).mean())
+        assert abs(correlation) < 4 / one.numel() ** 0.5
+    # no two seeds draw the same numbers at any distance
+    assert len(set(u.flatten().tolist())) == u.numel()
+    assert Sampling().uniforms().seed != Sampling().uniforms().seed
+    assert Sampling(seed=3).uniforms() == Uniforms(3)
+
+
 def test_sampling_follows_the_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(20_000, 4)
-    random = torch.Generator().manual_seed(0)
+    random = Uniforms(0)
     drawn = draw(logits, [Sampling(temperature=0.5)] * 20_000, [random] * 20_000)
     found = torch.bincount(drawn, minlength=4) / len(drawn)
     torch.testing.assert_close(found, (logits[0] / 0.5).softmax(0), rtol=0, atol=0.01)
@@ -84,7 +112,7 @@ def test_sampling_follows_the_probabilities() -> None:
 )
 def test_filters_keep_the_likeliest(sampling: Sampling, allowed: set[int]) -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(2_000, 4)
-    drawn = draw(logits, [sampling] * 2_000, [torch.Generator().manual_seed(0)] * 2_000)
+    drawn = draw(logits, [sampling] * 2_000, [Uniforms(0)] * 2_000)
     assert set(drawn.tolist()) == allowed
 
 
@@ -98,8 +126,8 @@ def test_no_row_depends_on_the_others() -> None:
     ]
     logits = 3 * torch.randn(5, 50)
 
-    def random() -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(seed) for seed in range(5)]
+    def random() -> list[Uniforms]:
+        return [Uniforms(seed) for seed in range(5)]
 
     together, alone = random(), random()
     for _ in range(40):

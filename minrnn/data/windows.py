@@ -7,6 +7,7 @@ import numpy as np
 
 from minrnn.data.batch import Batch
 from minrnn.data.text import Corpus
+from minrnn.splitmix import mixed
 
 Order = Literal["random", "shuffled", "consecutive"]
 _ROUNDS = 6
@@ -95,12 +96,5 @@ def _network(x: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = x >> bits, x & mask
     for key in keys:
-        left, right = right, left ^ (_mixed(right ^ key) & mask)
+        left, right = right, left ^ (mixed(right ^ key) & mask)
     return left << bits | right
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finish (Steele, Lea and Flood 2014): every bit in moves every bit out."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

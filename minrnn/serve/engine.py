@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minrnn.configs import check_fields
 from minrnn.models import TextModel
-from minrnn.sampling import Sampling, draw
+from minrnn.sampling import Sampling, Uniforms, draw
 from minrnn.serve.prefixes import PrefixStore, Read
 from minrnn.serve.requests import Ending, Listener, Reason, Request, Scored, scored
 from minrnn.state import State
@@ -43,15 +43,17 @@ class EngineConfig:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}")
 
 
-@dataclass
+# slots, and nothing of the prompt: there is one for each of thousands of states
+@dataclass(slots=True)
 class _Stream:
     """One text that is drawn, or will be once its prompt is read."""
 
-    request: Request
+    length: int
+    scores: int | None
     listener: Listener
     deadline: float
     sampling: Sampling
-    random: torch.Generator
+    random: Uniforms
     num_drawn: int = 0
     last: int = 0
 
@@ -151,10 +153,11 @@ class Engine:
         if request.state is not None:
             state = request.state.map(lambda x: x.to(self.device))
             request = dataclasses.replace(request, state=state)
+        length, scores = request.length, request.scores
         prompt = _Prompt(
             request,
             [
-                _Stream(request, listener, deadline, sampling, sampling.generator())
+                _Stream(length, scores, listener, deadline, sampling, sampling.uniforms())
                 for listener, sampling in zip(listeners, request.samplings, strict=True)
             ],
         )
@@ -192,9 +195,9 @@ class Engine:
         reasons: list[Reason | None] = []
         for row, (stream, symbol) in enumerate(zip(streams, symbols.tolist(), strict=True)):
             stream.last, stream.num_drawn = symbol, stream.num_drawn + 1
-            [one] = scored(logits[[row]], [symbol], stream.request.scores)
+            [one] = scored(logits[[row]], [symbol], stream.scores)
             stopped = stream.listener.drawn(one)
-            full = stream.num_drawn >= stream.request.length
+            full = stream.num_drawn >= stream.length
             reasons.append("stop" if stopped else "length" if full else None)
         _leave(group, reasons)
 
