@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from minrnn import distributed
 from minrnn.blocks import Block
 from minrnn.mixers.none import NoMixer
-from minrnn.ranks import Ranks
+from minrnn.ranks import Ranks, is_on_cpu
 from minrnn.train_config import TrainConfig
 
 
@@ -61,7 +61,7 @@ def _accelerator(config: TrainConfig, ranks: Ranks, model: nn.Module, folder: Pa
     # the norm before a mixer that reads nothing has no gradient
     unused = any(isinstance(part, NoMixer) for part in model.modules())
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=is_on_cpu(),
         mixed_precision=config.precision,
         log_with="tensorboard",
         project_dir=folder,

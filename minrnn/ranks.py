@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -158,11 +159,16 @@ def is_first() -> bool:
     return _state().is_main_process
 
 
+def is_on_cpu() -> bool:
+    """Whether to stay on the CPU: there is no GPU, or `accelerate launch --cpu` was the command."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
 def _state() -> PartialState:
     if _restarted_beside_old_keys() and not dist.is_initialized():
         _begin_group()
     # without the word Accelerate takes no notice of other processes on a machine without a GPU
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=is_on_cpu())
 
 
 def _restarted_beside_old_keys() -> bool:

@@ -15,7 +15,7 @@ from minrnn.data import text
 from minrnn.data.batch import Batch
 from minrnn.data.windows import Windows
 from minrnn.models import LanguageModel, ModelConfig
-from minrnn.ranks import Ranks
+from minrnn.ranks import Ranks, is_on_cpu
 from minrnn.tasks import TextTask
 from minrnn.train import train
 from minrnn.train_config import TrainConfig
@@ -83,6 +83,14 @@ def test_curves_are_those_of_one_process(folder, ranks) -> None:
         theirs, _ = checkpoint.read_tensors(folder / f"one-{order}" / "model.safetensors")
         for name, x in theirs.items():
             torch.testing.assert_close(ours[name], x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("asked", "on_cpu"), [("true", True), ("1", True), ("false", False)])
+def test_a_gpu_is_left_alone_if_asked(monkeypatch, asked, on_cpu) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    # what `accelerate launch --cpu` sets
+    monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+    assert is_on_cpu() == on_cpu
 
 
 def test_processes_share_each_piece_of_a_sequence() -> None:
