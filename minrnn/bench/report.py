@@ -26,7 +26,7 @@ def publish(
     draw: Callable[[str, Sequence[Table]], Figure],
     device: torch.device = measure.CPU,
 ) -> list[Table]:
-    """Print each table as it comes; then write `out`/bench-`name`.json and .png.
+    """Print each table as it comes, into `out`/bench-`name`.json too; then write the picture.
 
     Args:
         name: of the bench, as on the command line.
@@ -46,11 +46,13 @@ def publish(
     for table in tables:
         print("\n" + "\n".join(lines(table)), flush=True)
         done.append(table)
+        if out is not None:
+            # now: what was measured stays if the run is ended
+            out.mkdir(parents=True, exist_ok=True)
+            content = facts | {"tables": [_plain(one) for one in done]}
+            text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+            write_atomically(out / f"{stem}.json", text.encode())
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        content = facts | {"tables": [_plain(table) for table in done]}
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        write_atomically(out / f"{stem}.json", text.encode())
         with replacing(out / f"{stem}.png") as file:
             draw(name, done).savefig(file, format="png", dpi=110)
         print(f"\n{out / f'{stem}.json'}, {out / f'{stem}.png'}")
