@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 # g++ where CXX is not set
 CXX ?= g++
 
-.PHONY: demo test test-triton test-gpu test-page test-slow sanitize lint format figures bench clean
+.PHONY: demo test test-triton test-gpu test-oldest test-page test-slow sanitize lint format figures bench clean
 
 demo: $(VENV)/ready
 	@test -f runs/plays.txt || { mkdir -p runs && $(BIN)/minrnn data shakespeare runs/plays.txt; }
@@ -33,9 +33,19 @@ test-triton: $(VENV)/ready
 	$(PYTEST) -n 2 -p tests.on_triton --timeout 3600 \
 	    tests/test_ops.py tests/test_operators.py tests/triton_plans.py
 
-# operators on a GPU
+# operators and what stands on them, on a GPU
 test-gpu: $(VENV)/ready
-	$(PYTEST) --device cuda tests/test_ops.py tests/test_operators.py
+	$(PYTEST) --device cuda tests/test_ops.py tests/test_operators.py tests/triton_plans.py tests/gpu.py
+
+# the oldest torch, with the Triton that it brings: gigabytes of CUDA. Nothing is built again, as one
+# build is for all of them.
+OLDEST := .venv-oldest/bin/python
+test-oldest: $(VENV)/ready
+	test -x $(OLDEST) || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST) -m pip install --quiet torch==2.10.0 'numpy<2.4' safetensors accelerate matplotlib rich \
+	    tyro pytest pytest-timeout
+	$(OLDEST) -m pytest tests/test_ops.py tests/test_operators.py tests/test_scans.py
+	$(OLDEST) -W ignore::DeprecationWarning -m minrnn bench gpu-static --quick
 
 # the server's page in the system's Chromium
 test-page: $(VENV)/ready

@@ -126,12 +126,15 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(name: str, case: Case) -> Inputs:
-    """Random arguments for `operator(name)` as `case` wants them, on the default device."""
+    """Arguments for `operator(name)` as `case` wants them, on the default device.
+
+    They are random, and the same on every device.
+    """
     name = FUSED.get(name, name)
     B, T, D = case.B, case.T, case.D
     state_dtype = float64 if case.dtype == float64 else float32
     rows = B if case.cu_seqlens is None else len(case.cu_seqlens) - 1
-    gates = {gate: 2 * torch.randn(B, T, D) for gate in GATES[name]}
+    gates = {gate: 2 * _drawn(torch.randn, B, T, D) for gate in GATES[name]}
     if name == "scan":
         # decays of both signs, some near 1
         gates["a"] = torch.tanh(gates["a"])
@@ -141,15 +144,19 @@ def make_inputs(name: str, case: Case) -> Inputs:
     if name == "minlstm":
         options["normalized"] = case.normalized
     if case.reset:
-        options["reset"] = torch.rand(B, T) < 0.3
+        options["reset"] = _drawn(torch.rand, B, T) < 0.3
         options["reset"][0, 0] = options["reset"][-1, -1] = True
     if case.cu_seqlens is not None:
         options["cu_seqlens"] = torch.tensor(case.cu_seqlens, dtype=case.index)
-    sequences = [x.to(case.dtype) for x in (*gates.values(), torch.randn(B, T, D))]
+    sequences = [x.to(case.dtype) for x in (*gates.values(), _drawn(torch.randn, B, T, D))]
     *placed, dh = _lay_out(sequences, case.layout)
-    state = torch.randn(2, rows, D, dtype=state_dtype)
+    state = _drawn(torch.randn, 2, rows, D, dtype=state_dtype)
     h0 = state[0] if case.h0 else None
     return Inputs(dict(zip(gates, placed, strict=True)), h0, options, dh, state[1])
+
+
+def _drawn(draw: Callable[..., Tensor], *size: int, **options: Any) -> Tensor:
+    return draw(*size, device="cpu", **options).to(torch.get_default_device())
 
 
 def _lay_out(tensors: list[Tensor], layout: str) -> list[Tensor]:

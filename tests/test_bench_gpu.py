@@ -6,6 +6,7 @@ import torch
 from minrnn import cli
 from minrnn.bench import gpu_peers, measure, peers
 from minrnn.bench.measure import Call
+from minrnn.ops import gpu
 
 
 def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,6 +16,16 @@ def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
         said = capsys.readouterr()
         assert "`device` must be one of this machine's, got 'cuda'" in said.err
         assert said.out == ""
+
+
+def test_plans_are_for_a_gpu(monkeypatch, capsys) -> None:
+    assert cli.main(["bench", "gpu-plans", "--quick"]) == 2
+    assert "`device` must be one of this machine's, got 'cuda'" in capsys.readouterr().err
+    assert cli.main(["bench", "gpu-plans", "--device", "cpu"]) == 2
+    assert "`device` must be a GPU, got 'cpu'" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "is_installed", lambda: False)
+    assert cli.main(["bench", "gpu-plans"]) == 2
+    assert "triton is missing: pip install 'minrnn[gpu]'" in capsys.readouterr().err
 
 
 def test_who_competes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

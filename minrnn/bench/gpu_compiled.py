@@ -28,8 +28,10 @@ from minrnn.ops.gpu import kernels
 from minrnn.ops.gpu.kernels import Device, Launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# by their files; how many multiprocessors make `plan_of` choose each
-PLANS = {"steps": 0, "chunks": 1 << 20}
+# through time; over chunks of it, and then through each: which launch of a call it is
+PLANS = {"steps": 0, "totals": 0, "chunks": 1}
+# multiprocessors that are never filled
+MANY = 1 << 20
 # (B, T, D): sizes are multiples of 16 and of all blocks, as those of large models are
 SHAPE = (64, 4096, 1024)
 
@@ -59,9 +61,13 @@ LIMITS = {
 }
 # registers are handed out to warps 256 at a time, from one of the four parts of a multiprocessor
 REGISTER_UNIT, SHARED_UNIT, PARTS = 256, 128, 4
-# to and from global memory, of NVIDIA's and AMD's instructions; atomic and volatile ones aside
-_GLOBAL = r"(LDG|STG|LDGSTS)\.(?!.*STRONG)|(global|buffer|flat)_(load|store)_"
-_WIDE = rf"({_GLOBAL})(.*\.)?(128|dwordx4)"
+# to and from global memory, of NVIDIA's and AMD's instructions; those of four elements of 2 and of
+# 4 bytes
+_GLOBAL = r"(LDG|STG|LDGSTS)\.|(global|buffer|flat)_(load|store)_"
+_WIDE = {
+    2: rf"({_GLOBAL})(.*\.)?(64|dwordx2)",
+    4: rf"({_GLOBAL})(.*\.)?(128|dwordx4)",
+}
 
 
 class Case(NamedTuple):
@@ -79,7 +85,7 @@ class Case(NamedTuple):
 
 
 def cases(dtypes: tuple[str, ...]) -> Iterator[Case]:
-    """Every kernel: forward and backward, in both plans."""
+    """Every kernel: forward and backward, through time and over chunks of it."""
     for name in RECURRENCES:
         for is_backward in (False, True):
             for plan in PLANS:
@@ -87,7 +93,10 @@ def cases(dtypes: tuple[str, ...]) -> Iterator[Case]:
 
 
 def launch_of(case: Case, shape: tuple[int, int, int], where: str, like: Device) -> Launch:
-    """The launch of a case on zeros of that shape, with h0, on the torch device `where`."""
+    """The launch of a case on zeros of that shape, with h0, on the torch device `where`.
+
+    A GPU without multiprocessors is filled: it goes through time.
+    """
     B, T, D = shape
 
     def gate() -> Tensor:
@@ -98,12 +107,16 @@ def launch_of(case: Case, shape: tuple[int, int, int], where: str, like: Device)
 
     gates = [gate() for _ in range(3 if case.name == "minlstm" else 2)]
     options = {"scan": (), "mingru": ("g",), "minlstm": ("g", True)}[case.name]
-    rest = (options, (None, None, False), like._replace(multiprocessors=PLANS[case.plan]))
+    like = like._replace(multiprocessors=0) if case.plan == "steps" else like
+    plan = kernels.plan_of(B, T, D, DTYPES[case.dtype], False, like)
+    rest = (options, (None, None, False), plan)
     if not case.is_backward:
-        return kernels.forward_launch(case.name, gates, state(), gate(), state(), *rest)
+        launches = kernels.forward_launches(case.name, gates, state(), gate(), state(), *rest)
+        return launches[PLANS[case.plan]]
     saved = gates[:1] if case.name == "scan" else gates
     given = (gate(), state(), saved, state(), gate())
-    return kernels.backward_launch(case.name, *given, gates, state(), *rest)
+    launches = kernels.backward_launches(case.name, *given, gates, state(), *rest)
+    return launches[PLANS[case.plan]]
 
 
 @dataclass(frozen=True)
@@ -120,12 +133,10 @@ class Compiled:
     """bytes of a thread"""
     shared: int
     """bytes of a program"""
-    warps: int
-    """of a program"""
     instructions: dict[str, int]
     """how many of each"""
     issued: int = 0
-    """instructions of a warp: for a step where the plan is `steps`, else in all"""
+    """instructions of a warp for a step"""
     programs: int = 0
     """at a time on a multiprocessor"""
     text: str = ""
@@ -135,18 +146,19 @@ class Compiled:
 
     @property
     def occupancy(self) -> float:
-        """Warps at a time over those that a multiprocessor can have."""
-        return self.programs * self.warps / LIMITS[self.target].warps
+        """Warps, one in each program, at a time over those that a multiprocessor can have."""
+        return self.programs / LIMITS[self.target].warps
 
     @property
     def wide(self) -> int:
-        """Loads and stores of 16 bytes a thread."""
-        return self.count(_WIDE)
+        """Loads and stores of four elements a thread."""
+        return self.count(_WIDE[DTYPES[self.case.dtype].itemsize])
 
     @property
     def narrow(self) -> int:
-        """Those of fewer; atomic and volatile ones aside, by which chunks tell each other."""
-        return self.count(_GLOBAL) - self.wide
+        """Those of fewer bytes than that."""
+        widths = [_WIDE[size] for size in _WIDE if size >= DTYPES[self.case.dtype].itemsize]
+        return self.count(_GLOBAL) - sum(map(self.count, widths))
 
     def count(self, pattern: str) -> int:
         """The instructions whose name begins as `pattern` says."""
@@ -156,9 +168,9 @@ class Compiled:
 def compiled(case: Case, target: str) -> Compiled:
     """Compile for a target, and read what is said about it."""
     asm, metadata, said = _compile(case, target)
-    shared, warps = metadata.shared, metadata.num_warps
+    shared = metadata.shared
     if TARGETS[target].backend == "hip":
-        return Compiled(case, target, shared=shared, warps=warps, **read_amdgcn(asm["amdgcn"]))
+        return Compiled(case, target, shared=shared, **read_amdgcn(asm["amdgcn"]))
     sass = _disassemble(asm["cubin"])
     found = read_report(said)
     return Compiled(
@@ -166,10 +178,9 @@ def compiled(case: Case, target: str) -> Compiled:
         target,
         **found,
         shared=shared,
-        warps=warps,
         instructions=dict(Counter(name for _, name, _ in read_sass(sass))),
-        issued=issued(sass, case.plan),
-        programs=resident(LIMITS[target], found["registers"], shared, warps),
+        issued=issued(sass),
+        programs=resident(LIMITS[target], found["registers"], shared),
         text=sass,
         form=asm["ttir"],
     )
@@ -177,13 +188,12 @@ def compiled(case: Case, target: str) -> Compiled:
 
 def _compile(case: Case, target: str) -> tuple[Any, Any, str]:
     """As `JITFunction.run` does it: what came out of each stage, its metadata, what ptxas said."""
-    is_amd = TARGETS[target].backend == "hip"
-    like = Device(0, TARGETS[target].warp_size, is_amd)
+    like = Device(MANY, TARGETS[target].warp_size)
     launch = launch_of(case, SHAPE, "meta", like)
     kernel, backend = launch.kernel, make_backend(TARGETS[target])
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialized, _ = binder(*launch.args, **launch.options)
-    options, *signature = kernel._pack_args(backend, launch.options, bound, specialized, None)
+    bound, specialized, _ = binder(*launch.args, **kernels.OPTIONS)
+    options, *signature = kernel._pack_args(backend, kernels.OPTIONS, bound, specialized, None)
     source = ASTSource(kernel, *signature)
     said = io.StringIO()
     # ptxas says nothing about a kernel that was compiled before: a new cache each time
@@ -259,11 +269,11 @@ def loops(sass: str) -> list[list[str]]:
     ]
 
 
-def issued(sass: str, plan: str) -> int:
-    """The instructions of a warp: of the loop that stores, or of all, each loop run once."""
-    if plan == "chunks":
-        return len(read_sass(sass))
-    return max(len(body) for body in loops(sass) if any(name.startswith("STG") for name in body))
+def issued(sass: str) -> int:
+    """The instructions of a warp for a step: of the loop that stores, or of the longest."""
+    found = loops(sass)
+    stores = [body for body in found if any(name.startswith("STG") for name in body)]
+    return max(map(len, stores or found))
 
 
 def read_amdgcn(assembly: str) -> dict[str, Any]:
@@ -283,15 +293,15 @@ def read_amdgcn(assembly: str) -> dict[str, Any]:
     }
 
 
-def resident(limits: Limits, registers: int, shared: int, warps: int) -> int:
-    """Programs at a time on a multiprocessor, by registers, shared memory, warps and programs.
+def resident(limits: Limits, registers: int, shared: int) -> int:
+    """Programs of one warp at a time on a multiprocessor: by registers, shared memory and number.
 
     Example:
-        >>> resident(LIMITS["sm_80"], 82, 14336, 1)       # 15 KiB of 164 each
+        >>> resident(LIMITS["sm_80"], 82, 14336)       # 15 KiB of 164 each
         10
     """
     of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    by_registers = limits.registers // PARTS // of_warp * PARTS // warps
+    by_registers = limits.registers // PARTS // of_warp * PARTS
     of_program = -(-(shared + limits.reserved) // SHARED_UNIT) * SHARED_UNIT
     by_shared = limits.shared // of_program if of_program else limits.programs
-    return min(by_registers, by_shared, limits.warps // warps, limits.programs)
+    return min(by_registers, by_shared, limits.warps, limits.programs)

@@ -8,17 +8,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from minrnn.bench.gpu_compiled import DTYPES, Case, launch_of
 from minrnn.bench.measure import BOTH_BYTES, FORWARD_BYTES
-from minrnn.ops.gpu import chunks, kernels
+from minrnn.ops.gpu import kernels
 from minrnn.ops.gpu.kernels import Device, Launch
 
 # (rows, steps, blocks of channels): two programs whose steps are enough that h0 and h_T, which
-# count once for a row, are about a hundredth; and two whole groups of chunks
-STEPS_SHAPE = (1, 128, 2)
-CHUNKS_SHAPE = (1, 2 * chunks.GROUP.value * kernels.STEPS, 1)
+# count once for a row, are about a hundredth; and sixteen chunks of as many
+STEPS_SHAPE, CHUNKS_SHAPE = (1, 128, 2), (1, 2048, 1)
 _WARP = Device(1, 32)
 _SCRIPT = "from minrnn.bench import gpu_counted; gpu_counted.report({dtypes!r})"
 
@@ -31,19 +28,20 @@ class Count:
     """B * T * D"""
     loaded: int = 0
     stored: int = 0
-    board: int = 0
-    """what is written before it runs, so that chunks can tell each other"""
-    looks: int = 0
-    """at words of other chunks, when all are there"""
 
     @property
     def per_element(self) -> float:
-        """Bytes of all three."""
-        return (self.loaded + self.stored + self.board) / self.elements
+        """Bytes of both."""
+        return (self.loaded + self.stored) / self.elements
 
 
 def least(case: Case) -> float:
-    """Bytes of an element that have to move: what `bench scan` charges, in the case's dtype."""
+    """Bytes of an element that have to move: what `bench scan` charges, in the case's dtype.
+
+    Totals of chunks are no part of it: they read gates that are read again.
+    """
+    if case.plan == "totals":
+        return 0
     forward, both = FORWARD_BYTES[case.name], BOTH_BYTES[case.name]
     return (both - forward if case.is_backward else forward) * DTYPES[case.dtype].itemsize / 4
 
@@ -73,48 +71,31 @@ def report(dtypes: Sequence[str]) -> None:
 
 def _count(case: Case) -> Count:
     B, T, blocks = STEPS_SHAPE if case.plan == "steps" else CHUNKS_SHAPE
-    width = _WARP.warp * kernels.WIDE // DTYPES[case.dtype].itemsize
-    D = blocks * (width if case.plan == "steps" else kernels.NARROW)
-    launch = launch_of(case, (B, T, D), "cpu", _WARP)
+    launch = launch_of(case, (B, T, blocks * _WARP.warp * kernels.EACH), "cpu", _WARP)
     assert launch.plan.programs > 1
-    count = Count(B * T * D, board=_board(launch))
+    count = Count(B * T * blocks * launch.plan.BLOCK)
     _watch(launch, count)
     return count
 
 
-def _board(launch: Launch) -> int:
-    tensors = [x for x in launch.args if isinstance(x, torch.Tensor)]
-    return sum(x.nbytes for x in tensors if not x.is_floating_point())
-
-
 def _watch(launch: Launch, count: Count) -> None:
     """Run a launch, and count."""
-    from triton.runtime.interpreter import InterpreterBuilder, ScanOps
+    from triton.runtime.interpreter import InterpreterBuilder
 
     builder: Any = InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
-    exchange, scan = builder.create_atomic_rmw, ScanOps.generic_scan
 
     def watched_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
         words = load(self, ptrs, mask, *rest)
         count.loaded += int(mask.data.sum()) * words.data.itemsize
-        count.looks += bool(rest[-1])
         return words
 
     def watched_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         count.stored += int(mask.data.sum()) * value.data.itemsize
         return store(self, ptrs, value, mask, *rest)
 
-    def watched_exchange(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
-        count.stored += int(mask.data.sum()) * val.data.itemsize
-        return exchange(self, op, ptr, val, mask, *rest)
-
     builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
-    builder.create_atomic_rmw = watched_exchange
-    # it moves no bytes, and takes the interpreter a second for each program
-    ScanOps.generic_scan = lambda self, input: input
     try:
         launch.run()
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
-        builder.create_atomic_rmw, ScanOps.generic_scan = exchange, scan

@@ -24,8 +24,8 @@ NAME = "gpu-static"
 SHAPES = ((64, 4096, 1024), (8, 4096, 512), (1, 65536, 256))
 # seconds, assumed: a load that misses all caches, and one that the second-level cache answers
 MEMORY_LATENCY, CACHE_LATENCY = 600e-9, 300e-9
-# bytes over the least, aimed at
-MOST = {"steps": 1.05, "chunks": 1.4}
+# bytes over the least, aimed at; those of chunks with their totals
+MOST = {"steps": 1.05, "chunks": 1.85}
 
 
 class GPU(NamedTuple):
@@ -56,7 +56,7 @@ class Prediction:
     bandwidth: float
     """the counted bytes over the bandwidth"""
     latency: float
-    """by the loads under way at a time, or by what chunks wait for"""
+    """by the loads under way at a time, and by the totals that a chunk goes through"""
     issue: float
     """by one instruction each cycle in each part of a multiprocessor"""
     other: float
@@ -125,13 +125,24 @@ def misses(compiled: "Sequence[Compiled]", counted: "Mapping[Case, Count]") -> l
         where = f"{one.case.title}, {one.case.plan}, {one.case.dtype}, {one.target}"
         if one.spills or one.stack or one.count("LDL|STL|scratch_"):
             found.append(f"{where}: registers in memory")
-        if one.case.plan == "steps" and one.narrow:
-            found.append(f"{where}: loads of less than 16 bytes")
-    for case, count in counted.items():
-        ratio = count.per_element / least(case)
+        if one.narrow:
+            found.append(f"{where}: loads of less than four elements")
+    for case, moved in _moved(counted).items():
+        ratio = moved / least(case)
         if ratio > MOST[case.plan]:
             found.append(f"{case.title}, {case.plan}, {case.dtype}: {ratio:.2f} times the bytes")
     return found
+
+
+def _kernels_of(case: "Case") -> "tuple[Case, ...]":
+    """Those that a plan runs."""
+    return (case._replace(plan="totals"), case) if case.plan == "chunks" else (case,)
+
+
+def _moved(counted: "Mapping[Case, Count]") -> "dict[Case, float]":
+    """Bytes of an element for each plan, all of its kernels together."""
+    plans = [case for case in counted if case.plan in MOST]
+    return {case: sum(counted[one].per_element for one in _kernels_of(case)) for case in plans}
 
 
 def predictions(
@@ -142,51 +153,50 @@ def predictions(
     from minrnn.ops.gpu.kernels import Device, plan_of
 
     by_case = {(one.target, one.case): one for one in compiled}
+
+    def limits(on: GPU, shape: tuple[int, int, int], case: "Case") -> tuple[float, float, float]:
+        """Of all kernels of a plan, one after the other."""
+        each = [_limits(on, shape, by_case[on.target, k], counted[k]) for k in _kernels_of(case)]
+        bandwidth, latency, issue = map(sum, zip(*each, strict=True))
+        return bandwidth, latency, issue
+
     for on in GPUS:
         for shape in SHAPES:
-            for case, count in counted.items():
-                chosen = plan_of(*shape, DTYPES[case.dtype], False, Device(on.multiprocessors, 32))
-                if case.plan != ("chunks" if chosen.chunks else "steps"):
+            for case in _moved(counted):
+                device = Device(on.multiprocessors, 32)
+                chosen = plan_of(*shape, DTYPES[case.dtype], False, device)
+                if case.plan != ("steps" if chosen.chunks == 1 else "chunks"):
                     continue
                 if (on.target, case) not in by_case:
                     continue
-                limits = _limits(on, shape, by_case[on.target, case], count)
-                other = case._replace(plan="steps" if chosen.chunks else "chunks")
-                most = max(_limits(on, shape, by_case[on.target, other], counted[other])[1:])
-                what = (on.name, shape, case.title, case.dtype, case.plan)
-                yield Prediction(*what, *limits, other=most)
+                other = case._replace(plan="chunks" if chosen.chunks == 1 else "steps")
+                what = (on.name, shape, case.title, case.dtype, case.plan, chosen.programs)
+                most = max(limits(on, shape, other))
+                yield Prediction(*what, *limits(on, shape, case), other=most)
 
 
 def _limits(
     on: GPU, shape: tuple[int, int, int], one: "Compiled", count: "Count"
-) -> tuple[int, float, float, float]:
-    """Programs, and seconds by bandwidth, by latency and by issue."""
-    from minrnn.bench.gpu_compiled import DTYPES, PARTS, PLANS
-    from minrnn.ops.gpu import chunks, kernels
+) -> tuple[float, float, float]:
+    """Seconds of a kernel by bandwidth, by latency and by issue."""
+    from minrnn.bench.gpu_compiled import DTYPES, PARTS
+    from minrnn.ops.gpu import kernels, steps
 
     B, T, D = shape
-    device = kernels.Device(PLANS[one.case.plan], 32)
+    device = kernels.Device(0 if one.case.plan == "steps" else on.multiprocessors, 32)
     plan = kernels.plan_of(B, T, D, DTYPES[one.case.dtype], False, device)
     scale = B * T * D / count.elements
     at_once = min(plan.programs, on.multiprocessors * one.programs)
-    if plan.chunks:
-        # each look is a trip to the second-level cache, one after the other
-        counted_programs = count.elements / (kernels.STEPS * kernels.NARROW)
-        looks = count.looks / counted_programs * CACHE_LATENCY
-        turn = MEMORY_LATENCY + looks + one.issued / on.clock
-        # a state is told and looked at once for each group
-        way = plan.chunks / chunks.GROUP.value * 2 * CACHE_LATENCY
-        latency = max(ceil(plan.programs / at_once) * turn, way)
-        instructions = one.issued
-    else:
-        # Little's law: what is under way at a time, over the latency, is the bandwidth
-        step = count.loaded / count.elements * plan.BLOCK
-        under_way = (one.shared if one.count("LDGSTS") else step) * at_once
-        latency = count.loaded * scale / under_way * MEMORY_LATENCY
-        instructions = one.issued * T
-    each = ceil(plan.programs * one.warps / (on.multiprocessors * PARTS))
-    bandwidth = count.per_element * B * T * D / on.bandwidth
-    return plan.programs, bandwidth, latency, each * instructions / on.clock
+    # Little's law: what is under way at a time, over the latency, is the bandwidth
+    step = count.loaded / count.elements * plan.BLOCK
+    under_way = (one.shared if one.count("LDGSTS") else step) * at_once
+    latency = count.loaded * scale / under_way * MEMORY_LATENCY
+    if one.case.plan == "chunks":
+        # the last one goes through the totals of all others first
+        latency += plan.chunks / steps.TOGETHER.value * CACHE_LATENCY
+    each = ceil(plan.programs / (on.multiprocessors * PARTS))
+    issue = each * one.issued * plan.chunk_steps / on.clock
+    return count.per_element * B * T * D / on.bandwidth, latency, issue
 
 
 def _plain(one: "Compiled") -> dict[str, Any]:
@@ -197,14 +207,14 @@ def _plain(one: "Compiled") -> dict[str, Any]:
 
 def _compiled_cells(rows: "Sequence[Compiled]") -> list[list[str]]:
     head = ["compiled for " + rows[0].target, "plan", "dtype", "registers", "spills", "stack"]
-    head += ["shared", "warps", "programs", "occupancy", "16-byte", "narrower", "local", "MUFU"]
-    head += ["FFMA/FMUL/FADD", "LDS/STS", "barriers", "issued"]
+    head += ["shared", "programs", "occupancy", "four wide", "narrower", "local", "MUFU"]
+    head += ["FFMA/FMUL/FADD", "LDS/STS", "issued"]
     found = [head]
     for one in rows:
-        sizes = [one.registers, one.spills, one.stack, one.shared, one.warps]
+        sizes = [one.registers, one.spills, one.stack, one.shared]
         kinds = [one.wide, one.narrow, one.count("LDL|STL|scratch_"), one.count("MUFU|v_exp|v_rcp")]
         kinds += [one.count("FFMA|FMUL|FADD|v_(pk_)?(fma|mul|add)_f32|v_fmac_f32")]
-        kinds += [one.count(r"LDS\b|LDSM|STS|ds_(read|write)"), one.count("BAR|s_barrier")]
+        kinds += [one.count(r"LDS\b|LDSM|STS|ds_(read|write)")]
         on_chip = [str(one.programs), f"{one.occupancy:.0%}"] if one.programs else ["", ""]
         what = [one.case.title, one.case.plan, one.case.dtype]
         counts = [*map(str, sizes), *on_chip, *map(str, kinds), str(one.issued or "")]
@@ -216,8 +226,8 @@ def _counted_cells(rows: "Mapping[Case, Count]") -> list[list[str]]:
     from minrnn.bench.gpu_counted import least
 
     found = [["bytes of an element, counted", "plan", "dtype", "moved", "least", "ratio"]]
-    for case, count in rows.items():
-        moved, must = count.per_element, least(case)
+    for case, moved in _moved(rows).items():
+        must = least(case)
         words = [f"{moved:.2f}", f"{must:.0f}", f"{moved / must:.3f}"]
         found.append([case.title, case.plan, case.dtype, *words])
     return found

@@ -14,6 +14,8 @@ from minrnn.bench.measure import Call
 SHAPES = ((8, 512, 128), (64, 512, 64), (1, 4096, 256))
 # where the paper compares with a step loop: 175 times at T = 512, 1324 times at 4,096
 LOOP_SHAPES = ((64, 512, 64), (64, 4096, 64))
+# and larger, as a GPU is for
+GPU_SHAPES = (*SHAPES, (64, 1024, 512))
 QUICK_SHAPES = ((8, 256, 64),)
 QUICK_LOOP_SHAPES = ((8, 256, 64),)
 FAMILIES = {"gru": "MinGRU", "lstm": "MinLSTM"}
@@ -29,7 +31,7 @@ def measured(quick: bool = False, device: torch.device = measure.CPU) -> Iterato
     """
     seconds = QUICK_SECONDS if quick else SECONDS
     for family, name in FAMILIES.items():
-        for shape in QUICK_SHAPES if quick else SHAPES:
+        for shape in QUICK_SHAPES if quick else SHAPES if device.type == "cpu" else GPU_SHAPES:
             title = f"{name} forward + backward"
             yield Table(title, shape, "ms", _rows(family, shape, seconds, device, loops=False))
         for shape in QUICK_LOOP_SHAPES if quick else LOOP_SHAPES:

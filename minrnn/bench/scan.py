@@ -26,6 +26,8 @@ SHAPES = ((16, 256, 768), (2, 4096, 256), (1, 16384, 128), (1, 1 << 22, 1), (1, 
 # From 32 MiB on glibc takes fresh pages for an output: ours beside one addition of that size.
 FRESH_SHAPES = ((64, 256, 768), (8, 4096, 256), (1, 65536, 128))
 QUICK_SHAPES = ((2, 1024, 256), (1, 1 << 14, 8))
+# a GPU: many rows, which fill it; few, and one; and few channels. Larger than its cache.
+GPU_SHAPES = ((128, 1024, 512), (8, 4096, 512), (1, 65536, 256), (1, 1 << 20, 8))
 RECURRENCES = ("scan", "mingru", "minlstm")
 ADDITION = "torch.add, new output"
 SECONDS, FRESH_SECONDS, QUICK_SECONDS = 0.3, 0.5, 0.05
@@ -48,7 +50,7 @@ def measured(quick: bool = False, device: torch.device = measure.CPU) -> Iterato
                 yield replace(table, memory=returned)
     kept = measure.tell_allocator(keep=True) if on_cpu else ""
     seconds = QUICK_SECONDS if quick else SECONDS
-    for shape in QUICK_SHAPES if quick else SHAPES:
+    for shape in QUICK_SHAPES if quick else SHAPES if on_cpu else GPU_SHAPES:
         for recurrence in RECURRENCES:
             for table in _tables(recurrence, shape, seconds, device, others=True):
                 yield replace(table, memory=kept)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from minrnn import bench
@@ -24,6 +25,7 @@ from minrnn.bench import (
 )
 from minrnn.bench.compare import Table, all_right
 from minrnn.cli.devices import device_of
+from minrnn.ops import gpu
 
 
 def measure_precision(quick: bool = False) -> int:
@@ -42,6 +44,30 @@ def measure_precision(quick: bool = False) -> int:
     bench.print_layer_precision(layers)
     right = [row.error <= row.tolerance for row in (*rows, *halves, *layers)]
     return 0 if all(right) else 1
+
+
+def measure_plans(quick: bool = False, out: Path | None = None, device: str = "cuda") -> int:
+    """Time the GPU's kernels alone, through time and over chunks of it.
+
+    Args:
+        quick: one shape and float32 only.
+        out: the folder for bench-gpu-plans-cuda.json and .png; None only prints.
+        device: a GPU.
+    """
+    if not gpu.is_installed():
+        raise ModuleNotFoundError("triton is missing: pip install 'minrnn[gpu]'")
+    where = device_of(device)
+    if where.type == "cpu":
+        raise ValueError(f"`device` must be a GPU, got {device!r}")
+    # triton is an extra
+    from minrnn.bench import gpu_plans
+
+    tables = gpu_plans.measured(quick, where)
+    return (
+        0
+        if all_right(report.publish("gpu-plans", tables, quick, out, report.draw_ratios, where))
+        else 1
+    )
 
 
 def _bench(
@@ -68,6 +94,8 @@ def _bench(
 
     def command_on(quick: bool = False, out: Path | None = None, device: str = "cpu") -> int:
         where = device_of(device)
+        # cuDNN's recurrences would take 10 bits of each factor, all others take all 24
+        torch.backends.cudnn.allow_tf32 = False
         tables = measured(quick, where)
         return 0 if all_right(report.publish(name, tables, quick, out, draw, where)) else 1
 
@@ -169,4 +197,5 @@ BENCHES = {
         on_gpu=False,
     ),
     "gpu-static": gpu_static.measure,
+    "gpu-plans": measure_plans,
 }

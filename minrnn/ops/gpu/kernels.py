@@ -1,25 +1,28 @@
 """scan, mingru and minlstm on the GPU, in Triton: one pass over memory, the state in registers.
 
 Nothing is written but the results, and the backward pass computes the activations again. How a call
-is spread over a GPU is decided by `plan_of`: step by step (`steps`) or over chunks of time
-(`chunks`). Names, arguments and results are those of `torch_kernels`.
+is spread over a GPU is decided by `plan_of`: through time (`steps`), or first over chunks of time
+(`chunks`) and then through each. Names, arguments and results are those of `torch_kernels`.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from minrnn.ops.gpu import chunks, steps
 
-# through time: steps whose loads are under way; bytes that each thread of a warp loads at a time
-STAGES, WIDE = 8, 16
-# chunks of time: steps and channels of a program
-STEPS, NARROW = 64, 32
-# programs for each multiprocessor from which on no chunks are needed
-FILLED = 4
+# steps whose loads are under way, and channels of a thread, at most
+STAGES, EACH = 8, 4
+# programs for each multiprocessor, times the bytes of an element, from which on no chunks of time
+# are needed; programs that there are to be where they are; and the least steps of a chunk. Measured
+# on an H200: docs/results.md.
+FILLED, CHUNKED, LEAST = 7, 16, 32
+# named, since Triton warns where they are left to its default
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
 class Device(NamedTuple):
@@ -28,7 +31,6 @@ class Device(NamedTuple):
     multiprocessors: int
     warp: int
     """its threads"""
-    is_amd: bool = False
 
 
 # tensors on the CPU are only met by the interpreter
@@ -155,8 +157,9 @@ def _forward(
     h = gates[0].new_empty(B, T, D) if h is None else h
     h_T = h.new_empty(rows, D, dtype=_state_dtype(h.dtype))
     if rows and D:
-        device = _device(h.device)
-        forward_launch(name, gates, h0, h, h_T, options, layout, device).run()
+        plan = plan_of(rows, T, D, h.dtype, cu_seqlens is not None, device_of(h.device))
+        for launch in forward_launches(name, gates, h0, h, h_T, options, layout, plan):
+            launch.run()
     return h, h_T
 
 
@@ -175,41 +178,50 @@ def _backward(
     if grads is None:
         grads = [h.new_empty(h.shape) for _ in range(3 if name == "minlstm" else 2)]
     dh0 = dh_T.new_empty(dh_T.shape, dtype=dh_T.dtype if h0 is None else h0.dtype)
-    if len(dh_T) and h.shape[2]:
+    rows, T, D = len(dh_T), *h.shape[1:]
+    if rows and D:
+        plan = plan_of(rows, T, D, h.dtype, layout[1] is not None, device_of(h.device))
         given, taken = (dh, dh_T, gates, h0, h), (grads, dh0)
-        device = _device(h.device)
-        backward_launch(name, *given, *taken, options, layout, device).run()
+        for launch in backward_launches(name, *given, *taken, options, layout, plan):
+            launch.run()
     return *grads, dh0
 
 
 class Plan(NamedTuple):
-    """How a call is spread over a GPU."""
+    """How a call is spread over a GPU; a program is one warp."""
 
-    chunks: int
-    """of time; 0 for one program per row and block, which goes through all of it"""
-    blocks: int
-    """of channels, BLOCK each"""
     BLOCK: int
+    """channels of a program"""
+    blocks: int
+    chunks: int
+    """of time, one after the other"""
+    chunk_steps: int
     programs: int
-    num_warps: int
-    """of a program"""
 
 
 def plan_of(rows: int, T: int, D: int, dtype: torch.dtype, is_packed: bool, device: Device) -> Plan:
     """Through time where rows and channels fill the GPU, else over chunks of time.
 
-    A GPU is filled when each multiprocessor has `FILLED` programs of one warp. Sequences laid end
-    to end, float64 and short sequences always go through time.
+    Sequences laid end to end and short ones always go through time. Of chunks there are at most
+    2 sqrt(T), as each goes through the totals of those before it.
     """
-    BLOCK = device.warp * WIDE // dtype.itemsize
-    blocks = triton.cdiv(D, BLOCK)
-    whole = Plan(0, blocks, BLOCK, rows * blocks, num_warps=1)
-    if is_packed or dtype == torch.float64 or T < 4 * STEPS:
+    whole = plan_with(1, rows, T, D, device)
+    filled = FILLED * device.multiprocessors
+    if is_packed or whole.programs * dtype.itemsize >= filled or T < 2 * LEAST:
         return whole
-    if whole.programs >= FILLED * device.multiprocessors:
-        return whole
-    num, blocks = triton.cdiv(T, STEPS), triton.cdiv(D, NARROW)
-    return Plan(num, blocks, NARROW, rows * blocks * num, num_warps=4)
+    wanted = _whole_parts(CHUNKED * device.multiprocessors, whole.programs)
+    return plan_with(min(wanted, T // LEAST, isqrt(4 * T)), rows, T, D, device)
+
+
+def plan_with(chunks: int, rows: int, T: int, D: int, device: Device) -> Plan:
+    """A plan with so many chunks of time, or a few less: each has as many steps, but the last."""
+    BLOCK = device.warp * EACH
+    while max(D, device.warp) <= BLOCK // 2:
+        BLOCK //= 2
+    blocks = _whole_parts(D, BLOCK)
+    chunk_steps = _whole_parts(max(T, 1), chunks)
+    chunks = _whole_parts(max(T, 1), chunk_steps)
+    return Plan(BLOCK, blocks, chunks, chunk_steps, rows * blocks * chunks)
 
 
 class Launch(NamedTuple):
@@ -218,16 +230,15 @@ class Launch(NamedTuple):
     kernel: Any
     plan: Plan
     args: tuple[Any, ...]
-    options: dict[str, Any]
 
     def run(self) -> None:
         """Launch it, on the device of its tensors."""
         # Triton's choice is the current device
         with torch.cuda.device_of(self.args[0]):
-            self.kernel[(self.plan.programs,)](*self.args, **self.options)
+            self.kernel[(self.plan.programs,)](*self.args, **OPTIONS)
 
 
-def forward_launch(
+def forward_launches(
     name: str,
     gates: Sequence[Tensor],
     h0: Tensor | None,
@@ -235,22 +246,25 @@ def forward_launch(
     h_T: Tensor,
     options: Sequence[Any],
     layout: Sequence[Any],
-    device: Device,
-) -> Launch:
-    """What computes h and h_T on a device; the tensors need not be there, "meta" will do."""
+    plan: Plan,
+) -> list[Launch]:
+    """What computes h and h_T; the tensors need not be there, "meta" will do."""
     reset, cu_seqlens, reverse = layout
     (rows, D), T = h_T.shape, h.shape[1]
     x = _three([_dense(gate) for gate in gates])
-    strides = (*_strides(*x, h), *_reset_strides(reset))
-    constants = (name, *_constants(options), reverse)
-    plan = plan_of(rows, T, D, h.dtype, cu_seqlens is not None, device)
-    tensors = (*x, _whole(h0), h, h_T, _bytes(reset))
-    kernel = chunks.forward if plan.chunks else steps.forward
-    sizes = (rows, T, D)
-    return _launch(kernel, plan, device, tensors, cu_seqlens, sizes, strides, constants)
+    sizes = (rows, T, D, plan.blocks, plan.chunk_steps)
+    tail = (*_reset_strides(reset), name, *_constants(options), reverse, plan.BLOCK, STAGES)
+    totals = _Totals.of(plan, h_T, reset)
+    tensors = (*x, _whole(h0), h, h_T, _bytes(reset), cu_seqlens, *totals)
+    last = Launch(steps.forward, plan, (*tensors, *sizes, *_strides(*x, h), *tail))
+    if plan.chunks == 1:
+        return [last]
+    tensors = (*x, None, _bytes(reset), *totals)
+    args = (*tensors, *sizes, *_strides(*x), 0, 0, *tail)
+    return [Launch(chunks.totals, plan, args), last]
 
 
-def backward_launch(
+def backward_launches(
     name: str,
     dh: Tensor,
     dh_T: Tensor,
@@ -261,58 +275,58 @@ def backward_launch(
     dh0: Tensor,
     options: Sequence[Any],
     layout: Sequence[Any],
-    device: Device,
-) -> Launch:
+    plan: Plan,
+) -> list[Launch]:
     """What computes `grads` and dh0, likewise."""
     reset, cu_seqlens, reverse = layout
     (rows, D), T = dh_T.shape, h.shape[1]
     dh, h = _dense(dh), _dense(h)
     x, d = _three([_dense(gate) for gate in gates]), _three(grads)
-    strides = (*_strides(*x, dh, h, *d), *_reset_strides(reset))
-    constants = (name, *_constants(options), reverse)
-    plan = plan_of(rows, T, D, h.dtype, cu_seqlens is not None, device)
-    tensors = (dh, dh_T.contiguous(), *x, _whole(h0), h, *d, dh0, _bytes(reset))
-    kernel = chunks.backward if plan.chunks else steps.backward
-    sizes = (rows, T, D)
-    return _launch(kernel, plan, device, tensors, cu_seqlens, sizes, strides, constants)
+    sizes = (rows, T, D, plan.blocks, plan.chunk_steps)
+    tail = (*_reset_strides(reset), name, *_constants(options), reverse, plan.BLOCK, STAGES)
+    totals = _Totals.of(plan, dh_T, reset)
+    tensors = (dh, dh_T.contiguous(), *x, _whole(h0), h, *d, dh0)
+    tensors = (*tensors, _bytes(reset), cu_seqlens, *totals)
+    last = Launch(steps.backward, plan, (*tensors, *sizes, *_strides(*x, dh, h, *d), *tail))
+    if plan.chunks == 1:
+        return [last]
+    args = (*x, dh, _bytes(reset), *totals, *sizes, *_strides(*x, dh), *tail)
+    return [Launch(chunks.totals, plan, args), last]
 
 
-def _launch(
-    kernel: Any,
-    plan: Plan,
-    device: Device,
-    tensors: tuple[Any, ...],
-    cu_seqlens: Tensor | None,
-    sizes: tuple[int, int, int],
-    strides: Sequence[int],
-    constants: Sequence[Any],
-) -> Launch:
-    rows, T, D = sizes
-    # named, since Triton warns where it is left to its default
-    options = {"num_warps": plan.num_warps, "enable_fp_fusion": True}
-    if plan.chunks:
-        board = _board(plan, rows, D, tensors[0].device)
-        tail = (STEPS, plan.BLOCK, device.is_amd)
-        args = (*tensors, *board, rows, T, D, plan.blocks, *strides, *constants, *tail)
-    else:
-        tail = (plan.BLOCK, STAGES)
-        args = (*tensors, cu_seqlens, T, D, plan.blocks, *strides, *constants, *tail)
-    return Launch(kernel, plan, args, options)
+class _Totals(NamedTuple):
+    """What each chunk does to a state; nothing where there is one chunk."""
+
+    decays: Tensor | None
+    rests: Tensor | None
+    cuts: Tensor | None
+
+    @classmethod
+    def of(cls, plan: Plan, state: Tensor, reset: Tensor | None) -> "_Totals":
+        """Room for them, in the dtype of the state (rows, D)."""
+        if plan.chunks == 1:
+            return cls(None, None, None)
+        rows, D = state.shape
+        # the last chunk's are not needed, but have a place
+        decays, rests = state.new_empty(2, plan.chunks, rows, D)
+        cuts = None if reset is None else state.new_empty(plan.chunks, rows, dtype=torch.int32)
+        return cls(decays, rests, cuts)
 
 
-def _device(device: torch.device) -> Device:
-    if device.type == "cpu":
-        return INTERPRETED
+def _whole_parts(whole: int, part: int) -> int:
+    """How many parts hold the whole; Triton's own takes as long as a launch on the host."""
+    return -(-whole // part)
+
+
+def device_of(device: torch.device) -> Device:
+    """What a launch on `device` depends on."""
+    return INTERPRETED if device.type == "cpu" else _gpu(device)
+
+
+@cache
+def _gpu(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
-    return Device(found.multi_processor_count, found.warp_size, torch.version.hip is not None)
-
-
-def _board(plan: Plan, rows: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where programs tell each other: a counter, totals of chunks, states of their groups."""
-    counter = torch.zeros(1, dtype=torch.int32, device=device)
-    groups = triton.cdiv(plan.chunks, chunks.GROUP.value)
-    words = torch.full((plan.chunks + groups, rows, D), chunks.EMPTY.value, device=device)
-    return counter, words[: plan.chunks], words[plan.chunks :]
+    return Device(found.multi_processor_count, found.warp_size)
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,122 @@
+"""How near are the GPU's kernels to its bandwidth, through time and over chunks of it?
+
+Only kernels are launched, with nothing of torch around them: what `FILLED` and `CHUNKED` of
+`minrnn.ops.gpu.kernels` were chosen by, for another GPU to choose by again.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minrnn.bench import measure, peers, truth
+from minrnn.bench.compare import HERE, STREAM, Checked, Table, timed_rows
+from minrnn.bench.measure import BOTH_BYTES, FORWARD_BYTES, Call
+from minrnn.ops.gpu import kernels
+from minrnn.ops.gpu.kernels import Plan
+
+# (B, T, D): rows that fill a GPU, half of it, a quarter; a few; one; one of few channels
+SHAPES = (
+    (64, 4096, 1024),
+    (32, 1024, 1024),
+    (64, 1024, 256),
+    (8, 4096, 512),
+    (1, 65536, 256),
+    (1, 1 << 20, 8),
+)
+QUICK_SHAPES = SHAPES[3:4]
+DTYPES = (torch.float32, torch.bfloat16)
+OPTIONS = {"scan": (), "mingru": ("g",), "minlstm": ("g", True)}
+# chunks, of a multiprocessor, that are tried beside the plan of a call
+CHUNKED = (8, 16, 32)
+SECONDS, QUICK_SECONDS = 0.3, 0.05
+
+
+def measured(quick: bool, device: torch.device) -> Iterator[Table]:
+    """Tables of each recurrence's kernels, forward and backward, in two dtypes.
+
+    Args:
+        quick: one shape, float32, fewer rounds.
+        device: a GPU.
+    """
+    for dtype in DTYPES[: 1 if quick else None]:
+        for name in OPTIONS:
+            for shape in QUICK_SHAPES if quick else SHAPES:
+                yield from tables(name, dtype, shape, QUICK_SECONDS if quick else SECONDS, device)
+
+
+def tables(
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    seconds: float,
+    device: torch.device,
+) -> Iterator[Table]:
+    """Two tables, forward and backward. Plans are held to the first, which is that of a call."""
+    *gates, dh = (x.to(dtype) for x in truth.inputs(name, shape, device))
+    plans = _plans(shape, dtype, device)
+    for is_backward in (False, True):
+        runs = {title: _run(name, gates, dh, plan, is_backward) for title, plan in plans.items()}
+        wanted: list[Tensor] = []
+        checked = {}
+        for title, run in runs.items():
+            found = [x.clone() for x in run()]
+            wanted = wanted or found
+            error = truth.error(found, [x.double() for x in wanted])
+            # another order of additions, rounded to the dtype
+            note = "" if error <= max(1e-5, 4 * torch.finfo(dtype).eps) else "wrong"
+            calls = None if note else peers.Calls(run, run, list)
+            checked[title] = Checked(calls, error, note)
+        forward, both = FORWARD_BYTES[name], BOTH_BYTES[name]
+        each = (both - forward if is_backward else forward) * dtype.itemsize // 4
+        yardsticks = {}
+        num_bytes = {title: each * dh.numel() for title in runs}
+        for title, count in ((STREAM, None), (HERE, dh.numel())):
+            triad = measure.triad(count, device) if count else measure.large_triad(device)
+            yardsticks[title], num_bytes[title] = Call(triad[0]), triad[1]
+        rows = timed_rows(
+            checked, lambda calls: Call(calls.forward), yardsticks, num_bytes, seconds, device
+        )
+        pass_ = "backward" if is_backward else "forward"
+        yield Table(f"{name} {pass_}, kernels alone, {dtype}", shape, "ms", rows)
+
+
+def _plans(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> dict[str, Plan]:
+    """That of a call first."""
+    B, T, D = shape
+    gpu = kernels.device_of(device)
+    chosen = kernels.plan_of(B, T, D, dtype, False, gpu)
+    whole = kernels.plan_with(1, B, T, D, gpu)
+    wanted = [-(-count * gpu.multiprocessors // whole.programs) for count in CHUNKED]
+    tried = [kernels.plan_with(max(1, min(n, T // kernels.LEAST)), B, T, D, gpu) for n in wanted]
+    titles = {1: "through time"}
+    return {
+        titles.get(plan.chunks, f"{plan.chunks:,} chunks") + (", chosen" if n == 0 else ""): plan
+        for n, plan in enumerate(dict.fromkeys([chosen, whole, *tried]))
+    }
+
+
+def _run(
+    name: str, gates: list[Tensor], dh: Tensor, plan: Plan, is_backward: bool
+) -> Callable[[], list[Tensor]]:
+    """The launches of a plan; they give their results, made before."""
+    h, h_T = torch.empty_like(dh), torch.empty_like(dh[:, 0], dtype=torch.float32)
+    rest = (OPTIONS[name], (None, None, False), plan)
+    launches = kernels.forward_launches(name, gates, None, h, h_T, *rest)
+    results = [h, h_T]
+    if is_backward:
+        _launch(launches, results)
+        saved = gates[:1] if name == "scan" else gates
+        grads, dh0 = [torch.empty_like(h) for _ in gates], torch.empty_like(h_T)
+        given = (dh, torch.zeros_like(h_T), saved, None, h, grads, dh0)
+        launches, results = kernels.backward_launches(name, *given, *rest), [*grads, dh0]
+    return partial(_launch, launches, results)
+
+
+def _launch(launches: list[kernels.Launch], results: list[Tensor]) -> list[Tensor]:
+    for launch in launches:
+        launch.run()
+    return results
