@@ -28,6 +28,8 @@ from minrnn.ops.gpu import kernels
 from minrnn.ops.gpu.kernels import Device, Launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# what stands between h0 and the layout
+OPTIONS = {"scan": (), "mingru": ("g",), "minlstm": ("g", True)}
 # through time; over chunks of it, and then through each: which launch of a call it is
 PLANS = {"steps": 0, "totals": 0, "chunks": 1}
 # multiprocessors that are never filled
@@ -106,10 +108,9 @@ def launch_of(case: Case, shape: tuple[int, int, int], where: str, like: Device)
         return torch.zeros(B, D, device=where)
 
     gates = [gate() for _ in range(3 if case.name == "minlstm" else 2)]
-    options = {"scan": (), "mingru": ("g",), "minlstm": ("g", True)}[case.name]
     like = like._replace(multiprocessors=0) if case.plan == "steps" else like
     plan = kernels.plan_of(B, T, D, DTYPES[case.dtype], False, like)
-    rest = (options, (None, None, False), plan)
+    rest = (OPTIONS[case.name], (None, None, False), plan)
     if not case.is_backward:
         launches = kernels.forward_launches(case.name, gates, state(), gate(), state(), *rest)
         return launches[PLANS[case.plan]]

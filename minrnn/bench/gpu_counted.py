@@ -36,12 +36,7 @@ class Count:
 
 
 def least(case: Case) -> float:
-    """Bytes of an element that have to move: what `bench scan` charges, in the case's dtype.
-
-    Totals of chunks are no part of it: they read gates that are read again.
-    """
-    if case.plan == "totals":
-        return 0
+    """Bytes of an element that have to move: what `bench scan` charges, in the case's dtype."""
     forward, both = FORWARD_BYTES[case.name], BOTH_BYTES[case.name]
     return (both - forward if case.is_backward else forward) * DTYPES[case.dtype].itemsize / 4
 

@@ -1,7 +1,7 @@
 """How near are the GPU's kernels to its bandwidth, through time and over chunks of it?
 
 Only kernels are launched, with nothing of torch around them: what `FILLED` and `CHUNKED` of
-`minrnn.ops.gpu.kernels` were chosen by, for another GPU to choose by again.
+`minrnn.ops.gpu.kernels` are chosen by.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,9 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minrnn.bench import measure, peers, truth
-from minrnn.bench.compare import HERE, STREAM, Checked, Table, timed_rows
+from minrnn.bench import peers, truth
+from minrnn.bench.compare import Checked, Table, timed_rows
+from minrnn.bench.gpu_compiled import DTYPES, OPTIONS
 from minrnn.bench.measure import BOTH_BYTES, FORWARD_BYTES, Call
+from minrnn.bench.scan import yardsticks
 from minrnn.ops.gpu import kernels
 from minrnn.ops.gpu.kernels import Plan
 
@@ -26,8 +28,6 @@ SHAPES = (
     (1, 1 << 20, 8),
 )
 QUICK_SHAPES = SHAPES[3:4]
-DTYPES = (torch.float32, torch.bfloat16)
-OPTIONS = {"scan": (), "mingru": ("g",), "minlstm": ("g", True)}
 # chunks, of a multiprocessor, that are tried beside the plan of a call
 CHUNKED = (8, 16, 32)
 SECONDS, QUICK_SECONDS = 0.3, 0.05
@@ -40,7 +40,7 @@ def measured(quick: bool, device: torch.device) -> Iterator[Table]:
         quick: one shape, float32, fewer rounds.
         device: a GPU.
     """
-    for dtype in DTYPES[: 1 if quick else None]:
+    for dtype in list(DTYPES.values())[: 1 if quick else None]:
         for name in OPTIONS:
             for shape in QUICK_SHAPES if quick else SHAPES:
                 yield from tables(name, dtype, shape, QUICK_SECONDS if quick else SECONDS, device)
@@ -70,13 +70,10 @@ def tables(
             checked[title] = Checked(calls, error, note)
         forward, both = FORWARD_BYTES[name], BOTH_BYTES[name]
         each = (both - forward if is_backward else forward) * dtype.itemsize // 4
-        yardsticks = {}
-        num_bytes = {title: each * dh.numel() for title in runs}
-        for title, count in ((STREAM, None), (HERE, dh.numel())):
-            triad = measure.triad(count, device) if count else measure.large_triad(device)
-            yardsticks[title], num_bytes[title] = Call(triad[0]), triad[1]
+        triads, num_bytes = yardsticks(dh, addition=False)
+        num_bytes |= {title: each * dh.numel() for title in runs}
         rows = timed_rows(
-            checked, lambda calls: Call(calls.forward), yardsticks, num_bytes, seconds, device
+            checked, lambda calls: Call(calls.forward), triads, num_bytes, seconds, device
         )
         pass_ = "backward" if is_backward else "forward"
         yield Table(f"{name} {pass_}, kernels alone, {dtype}", shape, "ms", rows)
@@ -92,11 +89,11 @@ def _plans(
     whole = kernels.plan_with(1, B, T, D, gpu)
     wanted = [-(-count * gpu.multiprocessors // whole.programs) for count in CHUNKED]
     tried = [kernels.plan_with(max(1, min(n, T // kernels.LEAST)), B, T, D, gpu) for n in wanted]
-    titles = {1: "through time"}
-    return {
-        titles.get(plan.chunks, f"{plan.chunks:,} chunks") + (", chosen" if n == 0 else ""): plan
-        for n, plan in enumerate(dict.fromkeys([chosen, whole, *tried]))
-    }
+    titles = {}
+    for plan in dict.fromkeys([chosen, whole, *tried]):
+        title = "through time" if plan.chunks == 1 else f"{plan.chunks:,} chunks"
+        titles[f"{title}, chosen" if plan == chosen else title] = plan
+    return titles
 
 
 def _run(

@@ -77,13 +77,13 @@ def _tables(
         def pick(calls: peers.Calls, threads: int = 0, forward: bool = forward) -> Call:
             return Call(calls.forward if forward else calls.both, threads)
 
-        yardsticks, num_bytes = _yardsticks(gates[0], addition=forward)
+        calls, num_bytes = yardsticks(gates[0], addition=forward)
         if ours is not None and device.type == "cpu":
-            yardsticks[peers.OURS + ONE_THREAD] = pick(ours, 1)
-            yardsticks[HERE + ONE_THREAD] = Call(yardsticks[HERE].run, 1)
+            calls[peers.OURS + ONE_THREAD] = pick(ours, 1)
+            calls[HERE + ONE_THREAD] = Call(calls[HERE].run, 1)
         moved = {name: each[recurrence] * gates[0].numel() for name in checked}
         moved |= num_bytes | {peers.OURS + ONE_THREAD: moved[peers.OURS]}
-        rows = timed_rows(checked, pick, yardsticks, moved, seconds, device)
+        rows = timed_rows(checked, pick, calls, moved, seconds, device)
         yield Table(f"{recurrence} {pass_}", shape, "ms", rows)
 
 
@@ -103,7 +103,7 @@ def _load(scan: peers.Scan, gates: list[Tensor], dh: Tensor) -> peers.Calls:
     return scan.bind(scan.load(), gates, dh)
 
 
-def _yardsticks(like: Tensor, addition: bool) -> tuple[dict[str, Call], dict[str, int]]:
+def yardsticks(like: Tensor, addition: bool) -> tuple[dict[str, Call], dict[str, int]]:
     """The triads, and the plainest operation that allocates its output, with their bytes."""
     stream, stream_bytes = measure.large_triad(like.device)
     here, here_bytes = measure.triad(like.numel(), like.device)

@@ -63,11 +63,8 @@ def measure_plans(quick: bool = False, out: Path | None = None, device: str = "c
     from minrnn.bench import gpu_plans
 
     tables = gpu_plans.measured(quick, where)
-    return (
-        0
-        if all_right(report.publish("gpu-plans", tables, quick, out, report.draw_ratios, where))
-        else 1
-    )
+    done = report.publish("gpu-plans", tables, quick, out, report.draw_ratios, where)
+    return 0 if all_right(done) else 1
 
 
 def _bench(

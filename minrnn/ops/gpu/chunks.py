@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from minrnn.ops.gpu.formulas import coefficients
+from minrnn.ops.gpu.steps import place
 
 _IDENTITY = tl.constexpr("identity")
 
@@ -29,10 +30,7 @@ def totals(
     With `dh` they are those of the gradient: s = a (dh + s'), from the last step to the first.
     """
     C: tl.constexpr = decays_ptr.dtype.element_ty
-    program = tl.program_id(0)
-    n = (program // blocks % rows).to(tl.int64)
-    chunk = (program // blocks // rows).to(tl.int64)
-    d = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    n, chunk, d = place(rows, blocks, BLOCK)
     inside = d < D
     begin = chunk * chunk_steps
     decay, rest, cut = tl.full([BLOCK], 1.0, C), tl.zeros([BLOCK], C), 0
@@ -50,17 +48,13 @@ def totals(
             a, add = coefficients(x0, x1, x2, OP, _IDENTITY, NORMALIZED)
         else:
             a, add = coefficients(x0, x1, x2, OP, CANDIDATE, NORMALIZED)
-        reset = False
+        if BACKWARD:
+            rest = a * (dh + rest)
         if reset_ptr is not None:
             reset = tl.load(reset_ptr + n * reset_B + t * reset_T) != 0
             cut = cut | reset.to(tl.int32)
-        if BACKWARD:
-            rest = a * (dh + rest)
-            if reset_ptr is not None:
-                rest = tl.where(reset, 0.0, rest)
-        else:
-            if reset_ptr is not None:
-                rest = tl.where(reset, 0.0, rest)
+            rest = tl.where(reset, 0.0, rest)
+        if not BACKWARD:
             rest = a * rest + add
         decay = decay * a
     at = chunk * rows + n

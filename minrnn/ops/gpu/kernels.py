@@ -1,8 +1,8 @@
-"""scan, mingru and minlstm on the GPU, in Triton: one pass over memory, the state in registers.
+"""scan, mingru and minlstm on the GPU, in Triton: what is launched, and how it is spread.
 
-Nothing is written but the results, and the backward pass computes the activations again. How a call
-is spread over a GPU is decided by `plan_of`: through time (`steps`), or first over chunks of time
-(`chunks`) and then through each. Names, arguments and results are those of `torch_kernels`.
+The state is in registers, and the backward pass computes the activations again. `plan_of` decides:
+one pass through time (`steps`), or one over chunks of time (`chunks`) and then one through each.
+Names, arguments and results are those of `torch_kernels`.
 """
 
 from collections.abc import Sequence

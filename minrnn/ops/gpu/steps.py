@@ -23,7 +23,7 @@ def forward(
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h (rows, T, D) and h_T (rows, D)."""
-    n, chunk, d = _place(rows, blocks, BLOCK)
+    n, chunk, d = place(rows, blocks, BLOCK)
     b, first, end, begin, steps = _span(cu_seqlens_ptr, n, chunk, T, chunk_steps, REVERSE)
     inside = d < D
     C: tl.constexpr = h_T_ptr.dtype.element_ty
@@ -58,7 +58,7 @@ def backward(
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the gates (rows, T, D), and dh0 (rows, D)."""
-    n, chunk, d = _place(rows, blocks, BLOCK)
+    n, chunk, d = place(rows, blocks, BLOCK)
     # from the last step to the first
     BACK: tl.constexpr = not REVERSE  # pyright: ignore[reportAssignmentType]
     b, first, end, begin, steps = _span(cu_seqlens_ptr, n, chunk, T, chunk_steps, BACK)
@@ -101,7 +101,7 @@ def backward(
 
 
 @triton.jit
-def _place(rows, blocks, BLOCK: tl.constexpr):
+def place(rows, blocks, BLOCK: tl.constexpr):
     """The row n, chunk and channels d (BLOCK) of a program."""
     # 32 bits until a stride is met: there is no instruction that divides 64
     program = tl.program_id(0)
