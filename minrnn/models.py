@@ -127,6 +127,8 @@ class Blocks(nn.ModuleList):
             Block(build_mixer(config), config.width, **sizes, dropout=config.dropout)
             for _ in range(config.num_layers)
         )
+        # of one row; 0 where a part grows with the text
+        self._state_shapes = state_shapes(self.init_state(1))
 
     def init_state(self, batch_size: int) -> State:
         """The state before the first step."""
@@ -137,12 +139,47 @@ class Blocks(nn.ModuleList):
         return State(parts)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Run x (B, T, width) behind `state`."""
+        """Run x (B, T, width) after what `state` has read.
+
+        Raises:
+            ValueError: `state` is of another model, or of another batch size.
+        """
+        if state is not None:
+            check_state(state, self._state_shapes, x.shape[0])
         states: dict[str, Tensor | State] = {}
         for number, block in enumerate(self):
             name = str(number)
             x, states[name] = block(x, None if state is None else state.inner(name))
         return x, State(states)
+
+
+def state_shapes(state: State) -> dict[str, tuple[int, ...]]:
+    """The shape of each part, for one row."""
+    return {name: tuple(x.shape[1:]) for name, x in state.flatten().items()}
+
+
+def check_state(state: State, shapes: dict[str, tuple[int, ...]], B: int) -> None:
+    """`state` has the parts `shapes`, where 0 stands for any size, and B rows.
+
+    Raises:
+        ValueError: it is of another model, or of another batch size.
+    """
+    found = state_shapes(state)
+    for name in {**shapes, **found}:
+        wanted, got = shapes.get(name), found.get(name)
+        if wanted is None or got is None or not _fits(got, wanted):
+            raise ValueError(
+                f"`state` must be of a model like this one, whose part {name!r} has shape "
+                f"{wanted} a row, got {got}"
+            )
+    if state.batch_size != B:
+        raise ValueError(f"`state` must have batch size B = {B}, got {state.batch_size}")
+
+
+def _fits(sizes: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Equal sizes, and any size where `wanted` is 0."""
+    pairs = zip(sizes, wanted, strict=False)
+    return len(sizes) == len(wanted) and all(b in (a, 0) for a, b in pairs)
 
 
 class TextModel(Protocol):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from minrnn.blocks import Block
 from minrnn.layers import MinGRU, MinLSTM
 from minrnn.mixers import MinimalRNN
-from minrnn.models import LanguageModel, check_ids
+from minrnn.models import LanguageModel, check_ids, check_state, state_shapes
 from minrnn.ops.rows import Packed, WeightDtype, can_run_model, linear_rows, pack, run_model
 from minrnn.state import State
 
@@ -88,11 +88,15 @@ class PackedModel(nn.Module):
             assert isinstance(block, Block)
             self._weights += _block_weights(block, weights)
         self._weights += [model.norm.weight, *_matrix(model.head, weights)]
-        self._weights = [x.detach().contiguous() for x in self._weights]
+        # copies: training `model` on must not move half of this one
+        self._weights = [
+            x.detach().clone(memory_format=torch.contiguous_format) for x in self._weights
+        ]
         inner = config.mlp_ratio * config.width
         D = config.expansion * config.width
         num_gates = 2 if config.mixer == "mingru" else 3
         self._sizes = [D, num_gates, config.conv_width, inner]
+        self._state_shapes = state_shapes(self.init_state(1))
 
     @property
     def num_weight_bytes(self) -> int:
@@ -113,10 +117,7 @@ class PackedModel(nn.Module):
         check_ids(ids)
         if state is None:
             state = self.init_state(ids.shape[0])
-        if state.batch_size != ids.shape[0]:
-            raise ValueError(
-                f"`state` must have batch size B = {ids.shape[0]}, got {state.batch_size}"
-            )
+        check_state(state, self._state_shapes, ids.shape[0])
         states: list[Tensor] = []
         for number in range(self.config.num_layers):
             block = state.inner(str(number))

@@ -1,5 +1,7 @@
 """The block and the language model of the paper."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 from minrnn.blocks import Block, CausalConv, FeedForward
 from minrnn.layers import MinGRU
 from minrnn.mixers import MinimalRNN
-from minrnn.models import LanguageModel, ModelConfig
+from minrnn.models import LanguageModel, MixerName, ModelConfig
 
 
 def test_convolution_is_causal_depthwise_then_pointwise() -> None:
@@ -116,3 +118,19 @@ def test_model_trains_under_bfloat16_autocast() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert state["0"]["mixer"]["h"].dtype == torch.float32
     assert isinstance(model.blocks, nn.ModuleList)
+
+
+@pytest.mark.parametrize("mixer", get_args(MixerName))
+def test_a_state_of_another_model_or_batch_is_named(mixer: str) -> None:
+    fields = {"vocab_size": 9, "width": 8, "mixer": mixer, "num_heads": 2}
+    model, deeper = (LanguageModel(ModelConfig(num_layers=n, **fields)).eval() for n in (1, 2))
+    ids = torch.randint(9, (2, 5))
+    with pytest.raises(ValueError, match=r"whose part '1\..*' has shape None a row, got \("):
+        model(ids, deeper(ids)[1])
+    with pytest.raises(ValueError, match=r"whose part '1\..*' has shape \(.*\) a row, got None"):
+        deeper(ids, model(ids)[1])
+    wider = LanguageModel(ModelConfig(num_layers=1, **fields | {"width": 16})).eval()
+    with pytest.raises(ValueError, match=r"has shape \(.*\) a row, got \("):
+        model(ids, wider(ids)[1])
+    with pytest.raises(ValueError, match="`state` must have batch size B = 2, got 1"):
+        model(ids, model(ids[:1])[1])

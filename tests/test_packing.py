@@ -133,6 +133,30 @@ def test_a_packed_model_is_the_model(mixer) -> None:
         assert 1 <= size[0] / num_weight_bytes(model) < 1.25
 
 
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm", "mamba", "lstm"])
+def test_a_packed_model_keeps_its_weights_when_the_model_is_trained_on(mixer) -> None:
+    model = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=9, width=16, mixer=mixer)).eval()
+    packed, ids = pack_model(model), torch.randint(9, (2, 5))
+    before = packed(ids)[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    assert torch.equal(packed(ids)[0], before)
+
+
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm"])
+def test_a_state_of_another_model_is_named(mixer) -> None:
+    fields = {"vocab_size": 9, "width": 16, "mixer": mixer}
+    ids = torch.randint(9, (2, 5))
+    packed, deeper = (
+        pack_model(minrnn.LanguageModel(minrnn.ModelConfig(num_layers=n, **fields))) for n in (1, 2)
+    )
+    with pytest.raises(ValueError, match=r"whose part '1\..*' has shape None a row, got \("):
+        packed(ids, deeper(ids)[1])
+    with pytest.raises(ValueError, match=r"whose part '1\..*' has shape \(.*\) a row, got None"):
+        deeper(ids, packed(ids)[1])
+
+
 def test_other_dtypes_stay_as_they_are() -> None:
     model = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=5, width=8)).double()
     packed = pack_model(model)
