@@ -167,7 +167,7 @@ def collect_trajectories(
 def _describe(data: Trajectories) -> list[str]:
     returns, lengths = data.returns, data.lengths
     lines = [
-        f"environment {data.environment or 'not said'}",
+        f"environment {data.environment or 'not said; give it by --env NAME'}",
         f"observations of {data.observations.shape[1]} numbers, actions of "
         f"{data.actions.shape[1]}, between {data.actions.min():g} and {data.actions.max():g}",
         f"episodes {data.num_episodes:,}, {int(data.terminated.sum()):,} of them ended by the "

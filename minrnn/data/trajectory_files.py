@@ -178,14 +178,13 @@ def _text(name: str, value: Any) -> str | None:
     """An attribute of HDF5, which is a string or its bytes, alone or as an array of one."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the attribute `{name}` must be UTF-8, got {value!r}") from error
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"the attribute `{name}` must be a string, got {value!r}")
-    return value
+    if isinstance(value, str):
+        # h5py has bytes that are no text as half surrogates
+        value = value.encode("utf-8", "surrogateescape")
+    try:
+        return None if value is None else value.decode("utf-8")
+    except (AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"the attribute `{name}` must be a text, got {value!r}") from error
 
 
 def _h5py() -> Any:
