@@ -255,7 +255,7 @@ def record(
         check_spaces(plain, _sizes(model))
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             made = Path(scratch) / f"video{kind}"
-            with contextlib.closing(_film(made, plain.metadata.get("render_fps", 30))) as film:
+            with contextlib.closing(_film(made, plain.metadata.get("render_fps") or 30)) as film:
                 filmed = _Filmed(plain, film)
                 played = _play(_actor(model, config), [filmed], [config.seed], target)
             made.replace(path)

@@ -81,10 +81,11 @@ def collect(
         FileNotFoundError: there is no such policy.
         ModuleNotFoundError: gymnasium or stable-baselines3 is not installed.
     """
-    torch.manual_seed(config.seed)
     rows: dict[str, list[Any]] = {"observations": [], "actions": [], "rewards": []}
     ends, terminated = [], []
-    with making(environment, imports=imports) as env:
+    # the caller's random numbers stay where they were
+    with torch.random.fork_rng(devices=[]), making(environment, imports=imports) as env:
+        torch.manual_seed(config.seed)
         check_spaces(env)
         limit = config.max_episode_steps
         if limit is None and env.spec.max_episode_steps is None:

@@ -91,6 +91,14 @@ def test_what_an_environment_returns_is_copied(kind: str) -> None:
     assert len(set(data.rewards.tolist())) > 5
 
 
+def test_recording_leaves_the_random_numbers_of_the_caller() -> None:
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    collect("Selfish-float32-v0", CollectConfig(episodes=1, seed=1))
+    assert torch.rand(3).equal(wanted)
+
+
 def test_what_an_environment_is_given_is_copied() -> None:
     data = collect("Greedy-v0", CollectConfig(episodes=2, seed=1))
     assert (np.abs(data.actions) <= 2).all()

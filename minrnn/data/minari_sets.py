@@ -129,7 +129,7 @@ def _count(folder: Path, kind: str) -> int:
     import h5py
 
     with h5py.File(folder / "main_data.hdf5", "r") as file:
-        return sum(name.startswith("episode_") for name in file)
+        return sum(str(name).startswith("episode_") for name in file)
 
 
 def _space(metadata: dict[str, Any], name: str, kind: str) -> Any:

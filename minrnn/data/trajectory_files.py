@@ -181,9 +181,13 @@ def _text(name: str, value: Any) -> str | None:
     if isinstance(value, str):
         # h5py has bytes that are no text as half surrogates
         value = value.encode("utf-8", "surrogateescape")
+    if value is None:
+        return None
     try:
-        return None if value is None else value.decode("utf-8")
-    except (AttributeError, UnicodeDecodeError) as error:
+        if not isinstance(value, bytes):
+            raise TypeError
+        return value.decode("utf-8")
+    except (TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"the attribute `{name}` must be a text, got {value!r}") from error
 
 
