@@ -9,6 +9,9 @@ from minrnn.configs import check_fields
 from minrnn.models import Blocks, ModelConfig
 from minrnn.state import State
 
+# returns-to-go are divided by it where no data says otherwise: Chen et al. 2021, arXiv:2106.01345
+_SCALE = 1000.0
+
 
 @dataclass(frozen=True)
 class DecisionConfig:
@@ -28,9 +31,9 @@ class DecisionConfig:
     """Numbers that an action has, A; 0 stands for those of the data."""
     episode_length: int = 1000
     """Steps that a timestep embedding is learnt for; 0 leaves it out."""
-    return_scale: float | None = 1000.0
-    """Returns-to-go are divided by it; in a training None stands for that of the data, the largest
-    power of ten up to their largest size."""
+    return_scale: float | None = None
+    """Returns-to-go are divided by it. None stands for that of the data in a training, the largest
+    power of ten up to their largest size, and for 1,000 in a model that is made without data."""
     blocks: ModelConfig = field(
         default_factory=lambda: ModelConfig(
             width=128, expansion=1, num_heads=1, conv_width=0, dropout=0.1
@@ -65,7 +68,7 @@ class DecisionModel(nn.Module):
         config: the shape of the model, sizes >= 1.
 
     Raises:
-        ValueError: a size is 0 or the scale of returns is None; on a call, `x` has the wrong shape.
+        ValueError: a size is 0; on a call, `x` has the wrong shape.
 
     Example:
         >>> import torch
@@ -91,9 +94,8 @@ class DecisionModel(nn.Module):
             raise ValueError(
                 f"`config.observation_size` and `config.action_size` must be >= 1, got {S}, {A}"
             )
-        if config.return_scale is None:
-            raise ValueError("`config.return_scale` must be > 0, got None, which stands for data")
-        self.config, self.return_scale = config, config.return_scale
+        self.config = config
+        self.return_scale = _SCALE if config.return_scale is None else config.return_scale
         self.embed_action = nn.Linear(A, width)
         self.embed_return = nn.Linear(1, width)
         self.embed_observation = nn.Linear(S, width)

@@ -5,6 +5,7 @@ crosses the border is shared: observations, rewards and actions are copied in bo
 """
 
 import contextlib
+import shlex
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -46,18 +47,19 @@ def making(name: str, *, imports: bool = False, **options: Any) -> Iterator[Any]
         raise ModuleNotFoundError(
             "this needs gymnasium, which is not installed: pip install 'minrnn[rl]'"
         ) from error
-    if not isinstance(name, str):
-        raise ValueError(f"the name of an environment must be a string, got {name!r}")
+    if not isinstance(name, str) or not name.isprintable():
+        raise ValueError(f"the name of an environment must be a printable text, got {name!r}")
     if ":" in name and not imports:
         raise ValueError(
             f"no environment {name!r}: a file names it, and its module would be imported; "
-            f"if you trust it, give it by --env {name}"
+            f"if you trust it, give it by --env {shlex.quote(name)}"
         )
     with warnings.catch_warnings():
         # an older version of an environment is what was asked for
         warnings.simplefilter("ignore")
         try:
-            environment = gymnasium.make(name, **options)
+            # what it returns is checked below, in `begin` and `step`
+            environment = gymnasium.make(name, disable_env_checker=True, **options)
         except gymnasium.error.DependencyNotInstalled as error:
             raise ModuleNotFoundError(f"{name}: {_line(error)}") from error
         # registered names end in code of any package, which raises what it likes

@@ -111,7 +111,7 @@ class RlConfig:
     (HalfCheetah), 5,000 (Walker2d), or the highest of the data."""
     reference: tuple[float, float] | None = None
     """Returns of a random and of an expert policy, which scores go by; None for what is known."""
-    model: DecisionConfig = field(default_factory=lambda: DecisionConfig(return_scale=None))
+    model: DecisionConfig = field(default_factory=DecisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

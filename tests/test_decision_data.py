@@ -114,8 +114,8 @@ def test_a_scale_that_is_given_stays(tmp_path, capsys) -> None:
             run = tmp_path / f"{number}-{scale}"
             assert _train(tmp_path / "a.hdf5", run, "--recipe", recipe, *SMALL, *option) == 0
             assert checkpoint.load(run).model.config.return_scale == scale
-    with pytest.raises(ValueError, match=r"`config\.return_scale` must be > 0, got None"):
-        DecisionModel(DecisionConfig(2, 1, return_scale=None))
+    # a model without data has the published one
+    assert DecisionModel(DecisionConfig(2, 1)).return_scale == 1000
     # the published table keeps its scale
     for preset in ("cpu", "paper"):
         config = d4rl.D4rlConfig(Path("data"), preset)
@@ -280,7 +280,8 @@ FAULTS = {
     "column": ({"rewards": np.zeros((7, 1))}, ValueError, r"`rewards` must have shape \(N,\)"),
     "words": ({"actions": [["a"]] * 7}, TypeError, "`actions` must be float32, got dtype <U1"),
     "nan": ({"rewards": [np.nan] * 7}, ValueError, "`rewards` must be finite, row 0 and 6"),
-    "name": ({"environment": b"Hopper-v5"}, TypeError, "`environment` must be str or None"),
+    "name": ({"environment": b"Hopper-v5"}, TypeError, "`environment` must be a printable str"),
+    "escape": ({"environment": "\x1b[2J"}, TypeError, "`environment` must be a printable str"),
     "scale": ({"reference": (1.0, 1.0)}, ValueError, "`reference` must be two finite returns"),
     "three": ({"reference": (1.0, 2.0, 3.0)}, ValueError, "`reference` must be two finite"),
 }

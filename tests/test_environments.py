@@ -249,7 +249,8 @@ def test_a_file_imports_no_module(spy, tmp_path, capsys) -> None:
     train = ["train", "rl", "--data", str(tmp_path / "a.hdf5"), "--out", str(tmp_path / "run")]
     convert = ["data", "rl", "convert", str(tmp_path / "a.hdf5"), str(tmp_path / "a-v0")]
     convert += ["--to", "minari"]
-    for command in ([*train, *small], convert):
+    # nor does an empty --env make the name of the file one that was given
+    for command in ([*train, *small], convert, [*train, *small, "--env", ""]):
         _refused(command, capsys, f"give it by --env {spy}")
     with pytest.raises(ValueError, match="a file names it"):
         play(DecisionModel(DecisionConfig(2, 1)), spy, ActingConfig(1.0, 1, context=5))
@@ -262,7 +263,8 @@ def test_a_file_imports_no_module(spy, tmp_path, capsys) -> None:
     assert cli.main([*convert, "--env", spy]) == 0
     play_it = ["eval", str(tmp_path / "run"), "--episodes", "1"]
     capsys.readouterr()
-    _refused(play_it, capsys, f"give it by --env {spy}")
+    for options in ([], ["--env", ""]):
+        _refused([*play_it, *options], capsys, f"give it by --env {spy}")
     video = ["--video", str(tmp_path / "a.gif")]
     _refused([*play_it, *video], capsys, f"give it by --env {spy}")
     assert cli.main([*play_it, "--env", spy]) == 0
@@ -284,6 +286,8 @@ def test_a_config_imports_no_module(spy, tmp_path, capsys) -> None:
     for name, message in (
         (spy, f"give it by --env {spy}"),
         ("a:b:c", "give it by --env a:b:c"),
+        ("a:b; touch c", "give it by --env 'a:b; touch c'"),
+        ("\x1b[2J", "must be a printable text"),
         (["spy_module", "x"], "`environment` must be a string"),
         (None, "`environment` must be a string"),
     ):

@@ -59,7 +59,7 @@ def evaluate_rl(
     model = checkpoint.load(run).model
     assert isinstance(model, DecisionModel)
     # a name that a file says must not import a module
-    environment, imports = env or facts.environment, env is not None
+    environment, imports = env or facts.environment, bool(env)
     asked = replace(
         acting_config,
         target=decisions.target(run, environment, acting_config.target),
@@ -129,7 +129,7 @@ def convert_trajectories(
         raise ValueError(f"{out} exists; choose another name")
     found = trajectory_files.read((data,), env, reference)
     if to == "minari":
-        trajectory_files.write_minari(found, out, imports=env is not None)
+        trajectory_files.write_minari(found, out, imports=bool(env))
     else:
         trajectory_files.write_d4rl(found, out)
     print(f"{out}: {found.num_episodes:,} episodes, {found.num_steps:,} steps")

@@ -54,8 +54,9 @@ class Trajectories:
         for name, kind in (kinds | {"terminated": "b"}).items():
             dtype = dtypes.get(name, np.float32)
             object.__setattr__(self, name, _copy(name, getattr(self, name), kind, dtype))
-        if self.environment is not None and not isinstance(self.environment, str):
-            raise TypeError(f"`environment` must be str or None, got {self.environment!r}")
+        name = self.environment
+        if name is not None and not (isinstance(name, str) and name.isprintable()):
+            raise TypeError(f"`environment` must be a printable str or None, got {name!r}")
         if self.reference is not None:
             object.__setattr__(self, "reference", checked_reference(self.reference))
         if self.rewards.ndim != 1:

@@ -69,7 +69,7 @@ def _start(config: RlConfig) -> Path:
         if data.environment is None:
             raise ValueError("the data does not say its environment; give it by --env")
         # a name that the data says must not import a module
-        with making(data.environment, imports=config.env is not None) as environment:
+        with making(data.environment, imports=bool(config.env)) as environment:
             check_spaces(environment, (data.observations.shape[1], data.actions.shape[1]))
             low, high = action_bounds(environment)
         _say_outside(data, low, high)
