@@ -94,7 +94,7 @@ def collect(
         act = _policy(config, env)
         observation, length = begin(env, config.seed), 0
         while len(ends) < config.episodes:
-            # kept before the step, which may write to what the environment returned or is given
+            # neither the policy nor the environment gets the arrays that are kept
             action = np.array(act(observation.copy()))
             came = step(env, action)
             length += 1

@@ -74,7 +74,7 @@ def making(name: str, *, imports: bool = False, **options: Any) -> Iterator[Any]
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _newer(name: str) -> str | None:

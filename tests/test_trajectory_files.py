@@ -235,6 +235,18 @@ def test_damaged_columns_are_named(kind: str, home, capsys) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_shapes_that_damage_made_up_fill_no_memory(home) -> None:
+    with h5py.File("a.hdf5", "a") as flat, h5py.File("set-v0/data/main_data.hdf5", "a") as set_:
+        for group, name in ((flat, "timeouts"), (set_["episode_0"], "terminations")):
+            del group[name]
+            # nothing of it is stored
+            group.create_dataset(name, shape=(1 << 40,), dtype=bool, chunks=(3,))
+    with pytest.raises(ValueError, match=r"^a\.hdf5: `timeouts` must have 1,099,511,627,776 bytes"):
+        trajectory_files.read([Path("a.hdf5")])
+    with pytest.raises(ValueError, match=r"^set-v0: .*`episode_0/terminations` must have 1,0"):
+        trajectory_files.read([Path("set-v0")])
+
+
 def test_attributes_of_other_kinds_are_named(home) -> None:
     for value in (5, np.array([b"a", b"b"]), b"\xff"):
         _attributes(Path("a.hdf5"), env=value)

@@ -6,6 +6,7 @@ any function of any module. Here the specification gives the environment's name 
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -129,7 +130,27 @@ def _count(folder: Path, kind: str) -> int:
     import h5py
 
     with h5py.File(folder / "main_data.hdf5", "r") as file:
-        return sum(str(name).startswith("episode_") for name in file)
+        episodes = [name for name in file if str(name).startswith("episode_")]
+        for episode in episodes:
+            for name in (*_COLUMNS, "terminations", "truncations"):
+                column: Any = file[f"{episode}/{name}"]
+                if isinstance(column, h5py.Dataset):
+                    check_size(f"{episode}/{name}", column)
+        return len(episodes)
+
+
+def check_size(name: str, column: Any) -> None:
+    """Check, before a dataset of HDF5 is read, that its shape is none that damage made up.
+
+    Raises:
+        ValueError: the shape says far more numbers than are stored; memory would run out.
+    """
+    stored = max(1, column.id.get_storage_size())
+    chunks = column.size // max(1, math.prod(column.chunks or (column.size,)))
+    large = column.nbytes > 2**30 or chunks > 10**6
+    # gzip makes data a thousand times smaller at most
+    if large and column.nbytes > 100_000 * stored:
+        raise ValueError(f"`{name}` must have {column.nbytes:,} bytes, {stored:,} are stored")
 
 
 def _space(metadata: dict[str, Any], name: str, kind: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minrnn.data.minari_sets import data_folder, read_minari, write_minari
+from minrnn.data.minari_sets import check_size, data_folder, read_minari, write_minari
 from minrnn.data.trajectories import REFERENCE_RETURNS, Trajectories, checked_reference, value_of
 from minrnn.files import replacing
 
@@ -130,6 +130,8 @@ def _read_d4rl(path: Path) -> Trajectories:
             missing = [key for key in _KEYS if not isinstance(file.get(key), h5py.Dataset)]
             if missing:
                 raise ValueError(f"must have the keys {_KEYS}, {missing} are missing")
+            for key in _KEYS:
+                check_size(key, file[key])
             columns = {key: np.asarray(file[key][()]) for key in _KEYS}
             attributes = {name: file.attrs[name] for name in _ATTRIBUTES if name in file.attrs}
     except (OSError, RuntimeError, KeyError, TypeError) as error:
