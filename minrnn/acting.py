@@ -195,19 +195,19 @@ def _play(actor: Actor, environments: list[Any], seeds: list[int], target: float
         columns = (before[live], to_go[live], observations[live], np.full((len(live), 1), number))
         x = np.concatenate(columns, axis=1, dtype=np.float32, casting="same_kind")
         start = time.perf_counter()
-        told = actor.act(torch.from_numpy(x)).numpy()
+        outputs = actor.act(torch.from_numpy(x)).numpy()
         seconds += time.perf_counter() - start
         # rounding may carry an action past its bound
-        actions = bounded(space, told)
+        actions = bounded(space, outputs)
         before[live] = actions
         going = []
         for place, row in enumerate(live):
-            came = step(environments[row], actions[place])
-            observations[row] = came.observation
-            returns[row] += came.reward
-            to_go[row] -= came.reward
+            result = step(environments[row], actions[place])
+            observations[row] = result.observation
+            returns[row] += result.reward
+            to_go[row] -= result.reward
             lengths[row] += 1
-            if not (came.terminated or came.truncated or lengths[row] >= limit):
+            if not (result.terminated or result.truncated or lengths[row] >= limit):
                 going.append(place)
         if not going:
             break

@@ -96,14 +96,14 @@ def collect(
         while len(ends) < config.episodes:
             # neither the policy nor the environment gets the arrays that are kept
             action = np.array(act(observation.copy()))
-            came = step(env, action)
+            result = step(env, action)
             length += 1
-            for name, value in zip(rows, (observation, action, came.reward), strict=True):
+            for name, value in zip(rows, (observation, action, result.reward), strict=True):
                 rows[name].append(np.array(value, dtype=np.float32))
-            observation = came.observation
-            if came.terminated or came.truncated or length == limit:
+            observation = result.observation
+            if result.terminated or result.truncated or length == limit:
                 ends.append(len(rows["rewards"]))
-                terminated.append(came.terminated)
+                terminated.append(result.terminated)
                 progress(len(ends))
                 observation, length = begin(env), 0
     return Trajectories(

@@ -144,7 +144,7 @@ def begin(environment: Any, seed: int | None = None) -> np.ndarray:
 
 
 def step(environment: Any, action: np.ndarray) -> Step:
-    """Do `action`, of which the environment gets a copy; returns copies of what came of it.
+    """Do `action`, of which the environment gets a copy; returns copies of the result.
 
     Raises:
         ValueError: the observation is no finite vector of the size that the environment's space

@@ -72,7 +72,7 @@ def _start(config: RlConfig) -> Path:
         with making(data.environment, imports=bool(config.env)) as environment:
             check_spaces(environment, (data.observations.shape[1], data.actions.shape[1]))
             low, high = action_bounds(environment)
-        _say_outside(data, low, high)
+        _report_outside(data, low, high)
         model = _model_config(config.model, data)
         # settings that do not fit one another are refused here, not when the run is read
         with torch.device("meta"):
@@ -90,7 +90,7 @@ def _start(config: RlConfig) -> Path:
     return folder
 
 
-def _say_outside(data: Trajectories, low: np.ndarray, high: np.ndarray) -> None:
+def _report_outside(data: Trajectories, low: np.ndarray, high: np.ndarray) -> None:
     number, excess = data.outside(low, high)
     if number:
         print(
