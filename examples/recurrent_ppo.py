@@ -9,6 +9,11 @@ second time. PPO (Schulman et al. 2017, arXiv:1707.06347) learns from rollouts i
 end and begin at any step, so that a memory must be emptied there and nowhere else: MinGRU takes a
 mask, `reset`, and computes the whole rollout at once; nn.GRU goes step by step, since a state is
 to be emptied between two of them.
+
+An episode may also be cut by a time limit (`--limit`). That is no end: more reward would have come,
+so the value of the observation after the last step stands for it (Pardo et al. 2018,
+arXiv:1712.00378). The vector environment resets nothing by itself, so that this observation is what
+its step returns, and every step that is learnt from is one that was played.
 """
 
 import argparse
@@ -22,6 +27,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TimeLimit
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -124,6 +130,8 @@ class Rollout(NamedTuple):
     rewards: Tensor
     ends: Tensor
     """an episode's last step"""
+    after: Tensor
+    """value of the observation after an episode's last step; 0 where the environment ended it"""
     state: Tensor
     """(1, B, WIDTH), of the memory before the first step"""
 
@@ -131,11 +139,14 @@ class Rollout(NamedTuple):
 class Collector:
     """Plays on where it stopped, rollout by rollout."""
 
-    def __init__(self, agent: Agent, length: int, seed: int) -> None:
+    def __init__(self, agent: Agent, length: int, seed: int, limit: int = 0) -> None:
         self.agent = agent
-        self.environments = SyncVectorEnv(
-            [lambda: TMaze(length)] * NUM_ENVS, autoreset_mode=AutoresetMode.SAME_STEP
-        )
+
+        def make() -> gymnasium.Env:
+            return TimeLimit(TMaze(length), limit) if limit else TMaze(length)
+
+        # reset below: the observation after an episode's last step is needed first
+        self.environments = SyncVectorEnv([make] * NUM_ENVS, autoreset_mode=AutoresetMode.DISABLED)
         x, _ = self.environments.reset(seed=seed)
         self.x = torch.from_numpy(x)
         self.begins = torch.ones(NUM_ENVS, dtype=torch.bool)
@@ -150,15 +161,23 @@ class Collector:
             logits, values, self.state = self.agent(x[:, None], self.state, begins[:, None])
             chosen = Categorical(logits=logits[:, 0])
             actions = chosen.sample()
-            # an environment that ends an episode shows the first step of the next at once
-            seen, rewards, terminated, truncated, _ = self.environments.step(actions.numpy())
-            ends = torch.from_numpy(terminated | truncated)
+            # the environments get a copy, and what they return is copied
+            seen, rewards, terminated, cut, _ = self.environments.step(actions.numpy().copy())
+            following = torch.from_numpy(seen.copy())
+            ends = torch.from_numpy(terminated | cut)
+            after = torch.zeros(NUM_ENVS)
+            if cut.any():
+                never = torch.zeros(NUM_ENVS, 1, dtype=torch.bool)
+                _, after, _ = self.agent(following[:, None], self.state, never)
+                after = after[:, 0] * torch.from_numpy(cut & ~terminated)
             if ends.any():
                 # whoever ended an episode was rewarded, with 1, only if it ended right
                 right += (rewards[ends.numpy()] > 0).tolist()
+                seen, _ = self.environments.reset(options={"reset_mask": ends.numpy().copy()})
+                following = torch.from_numpy(seen.copy())
             parts = (x, begins, actions, chosen.log_prob(actions), values[:, 0])
-            rows.append((*parts, torch.from_numpy(rewards).float(), ends))
-            self.x, self.begins = torch.from_numpy(seen), ends
+            rows.append((*parts, torch.from_numpy(rewards).float(), ends, after))
+            self.x, self.begins = following, ends
         # without the state that comes of it
         _, behind, _ = self.agent(self.x[:, None], self.state, self.begins[:, None])
         columns = (torch.stack(column, dim=1) for column in zip(*rows, strict=True))
@@ -166,13 +185,20 @@ class Collector:
 
 
 def advantages(rollout: Rollout, behind: Tensor) -> Tensor:
-    """Generalised advantages (B, T), Schulman et al. 2015, arXiv:1506.02438; none past an end."""
+    """Generalised advantages (B, T), Schulman et al. 2015, arXiv:1506.02438.
+
+        delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}
+
+    At an episode's last step A_{t+1} = 0, and V_{t+1} is 0 if the environment ended the episode, or
+    the value of the observation after that step if a time limit cut it.
+    """
     found = torch.zeros_like(rollout.rewards)
     following, trace = behind, torch.zeros_like(behind)
     for t in reversed(range(found.shape[1])):
-        goes_on = (~rollout.ends[:, t]).float()
-        delta = rollout.rewards[:, t] + DISCOUNT * following * goes_on - rollout.values[:, t]
-        trace = delta + DISCOUNT * TRACE * goes_on * trace
+        ends = rollout.ends[:, t]
+        following = torch.where(ends, rollout.after[:, t], following)
+        delta = rollout.rewards[:, t] + DISCOUNT * following - rollout.values[:, t]
+        trace = delta + DISCOUNT * TRACE * torch.where(ends, 0.0, trace)
         found[:, t], following = trace, rollout.values[:, t]
     return found
 
@@ -198,12 +224,12 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, gai
             optimizer.step()
 
 
-def learn(memory: str, seed: int, steps: int, length: int) -> dict[str, Any]:
+def learn(memory: str, seed: int, steps: int, length: int, limit: int = 0) -> dict[str, Any]:
     """Train one agent; its curve and where its time went."""
     torch.manual_seed(seed)
     agent = Agent(memory, 2 * length)
     optimizer = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE)
-    collector = Collector(agent, length, seed)
+    collector = Collector(agent, length, seed, limit)
     curve, seconds = [], {"playing": 0.0, "learning": 0.0}
     for done in range(0, steps, NUM_ENVS * ROLLOUT):
         start = time.perf_counter()
@@ -268,19 +294,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150_000, help="in the environment, of each")
     parser.add_argument("--length", type=int, default=20, help="steps between sign and junction")
+    parser.add_argument("--limit", type=int, default=0, help="steps of an episode; 0 for no limit")
     parser.add_argument("--out", type=Path, help="begins the names of OUT.json and OUT.png")
     asked = parser.parse_args()
     if min(asked.seeds, asked.steps, asked.length) < 1:
         parser.error("--seeds, --steps and --length must be >= 1")
+    if asked.limit < 0:
+        parser.error("--limit must be >= 0")
     found = []
     for seed in range(asked.seeds):
         for memory in asked.memory:
-            found.append(learn(memory, seed, asked.steps, asked.length))
+            found.append(learn(memory, seed, asked.steps, asked.length, asked.limit))
             run = found[-1]
             print(f"{MEMORIES[memory]}, seed {seed}: {100 * run['right']:.1f} % right", flush=True)
     print(table(found))
     if asked.out is not None:
-        settings = {"steps": asked.steps, "length": asked.length, "torch": torch.__version__}
+        settings = {"steps": asked.steps, "length": asked.length, "limit": asked.limit}
+        settings |= {"torch": torch.__version__}
         facts = json.dumps(settings | {"runs": found}, indent=1) + "\n"
         asked.out.with_suffix(".json").write_text(facts, encoding="utf-8")
         draw(found, asked.length).savefig(asked.out.with_suffix(".png"), dpi=110)

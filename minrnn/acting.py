@@ -6,8 +6,7 @@ import os
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,13 +18,14 @@ from torch import Tensor
 
 from minrnn.configs import check_fields
 from minrnn.decision import DecisionModel
+from minrnn.environments import DEFAULT_LIMIT, begin, bounded, check_spaces, making, step
 from minrnn.state import State
 
 Way = Literal["window", "stream"]
 # mixers whose state is all that they have read
 GROWING = ("attention", "hyena", "mamba-hyena")
-# steps after which an episode ends whose environment sets no limit
-_LIMIT = 1000
+# endings of the videos that are written
+_VIDEOS = (".mp4", ".gif")
 _NEEDS = "this needs {}, which is not installed: pip install 'minrnn[rl]'"
 
 
@@ -127,7 +127,9 @@ class StreamActor:
             self.state = self.state.select(rows)
 
 
-def play(model: DecisionModel, environment: str, config: ActingConfig) -> Played:
+def play(
+    model: DecisionModel, environment: str, config: ActingConfig, *, imports: bool = False
+) -> Played:
     """Play episodes; the return-to-go falls by each reward.
 
     Chen et al. 2021, arXiv:2106.01345, section 3.
@@ -136,10 +138,11 @@ def play(model: DecisionModel, environment: str, config: ActingConfig) -> Played
         model: in evaluation mode.
         environment: gymnasium's name of it, e.g. Hopper-v5.
         config: how; `target` and `context` must be set.
+        imports: whether `environment` may import a module; see `minrnn.environments.making`.
 
     Raises:
         ValueError: `target` or `context` is not set, there is no such environment, its spaces are
-            not the model's, or the model cannot be streamed.
+            not the model's, it returns what is no number, or the model cannot be streamed.
         ModuleNotFoundError: gymnasium, or what the environment needs, is not installed.
     """
     target = _target(config)
@@ -148,7 +151,9 @@ def play(model: DecisionModel, environment: str, config: ActingConfig) -> Played
     seconds = 0.0
     with contextlib.ExitStack() as stack:
         size = min(config.parallel, config.episodes)
-        environments = [stack.enter_context(making(environment)) for _ in range(size)]
+        environments = [
+            stack.enter_context(making(environment, imports=imports)) for _ in range(size)
+        ]
         check_spaces(environments[0], _sizes(model))
         for first in range(0, config.episodes, size):
             now = environments[: config.episodes - first]
@@ -178,12 +183,11 @@ def _actor(model: DecisionModel, config: ActingConfig) -> Actor:
 
 def _play(actor: Actor, environments: list[Any], seeds: list[int], target: float) -> Played:
     """One episode of each environment, all at once."""
-    size = len(environments)
-    low, high = environments[0].action_space.low, environments[0].action_space.high
-    limit = _LIMIT if environments[0].spec.max_episode_steps is None else sys.maxsize
-    begun = [env.reset(seed=seed)[0] for env, seed in zip(environments, seeds, strict=True)]
+    size, space = len(environments), environments[0].action_space
+    limit = DEFAULT_LIMIT if environments[0].spec.max_episode_steps is None else sys.maxsize
+    begun = [begin(env, seed) for env, seed in zip(environments, seeds, strict=True)]
     observations = np.stack(begun).astype(np.float32)
-    before = np.zeros((size, *low.shape), dtype=np.float32)
+    before = np.zeros((size, *space.shape), dtype=np.float32)
     to_go = np.full((size, 1), target)
     returns, lengths = np.zeros(size), np.zeros(size, dtype=int)
     live, seconds = np.arange(size), 0.0
@@ -191,18 +195,19 @@ def _play(actor: Actor, environments: list[Any], seeds: list[int], target: float
         columns = (before[live], to_go[live], observations[live], np.full((len(live), 1), number))
         x = np.concatenate(columns, axis=1, dtype=np.float32, casting="same_kind")
         start = time.perf_counter()
-        actions = actor.act(torch.from_numpy(x)).numpy()
+        outputs = actor.act(torch.from_numpy(x)).numpy()
         seconds += time.perf_counter() - start
         # rounding may carry an action past its bound
-        before[live] = np.clip(actions, low, high)
+        actions = bounded(space, outputs)
+        before[live] = actions
         going = []
         for place, row in enumerate(live):
-            observation, reward, terminated, truncated, _ = environments[row].step(before[row])
-            observations[row] = observation
-            returns[row] += float(reward)
-            to_go[row] -= float(reward)
+            result = step(environments[row], actions[place])
+            observations[row] = result.observation
+            returns[row] += result.reward
+            to_go[row] -= result.reward
             lengths[row] += 1
-            if not (terminated or truncated or lengths[row] >= limit):
+            if not (result.terminated or result.truncated or lengths[row] >= limit):
                 going.append(place)
         if not going:
             break
@@ -212,34 +217,61 @@ def _play(actor: Actor, environments: list[Any], seeds: list[int], target: float
     return Played(returns.tolist(), lengths.tolist(), seconds / int(lengths.sum()))
 
 
-def record(model: DecisionModel, environment: str, config: ActingConfig, path: Path) -> float:
-    """Play one episode and write a video of it (MP4), frame by frame; returns its return.
+def record(
+    model: DecisionModel,
+    environment: str,
+    config: ActingConfig,
+    path: Path,
+    *,
+    imports: bool = False,
+) -> float:
+    """Play one episode and write a video of it, frame by frame; returns its return.
+
+    Args:
+        model: in evaluation mode.
+        environment: gymnasium's name of it.
+        config: how; `target` and `context` must be set.
+        path: the file to write, MP4 or GIF by its ending.
+        imports: whether `environment` may import a module; see `minrnn.environments.making`.
 
     Raises:
-        ValueError: as `play`, or no renderer works here.
+        ValueError: as `play`, `path` has another ending, or no renderer works here.
         FileNotFoundError: the folder of `path` does not exist.
         ModuleNotFoundError: a package is missing.
     """
-    target = _target(config)
-    if importlib.util.find_spec("imageio_ffmpeg") is None:
+    target, kind = _target(config), path.suffix.lower()
+    if kind not in _VIDEOS:
+        raise ValueError(f"the video must end in {' or '.join(_VIDEOS)}, got {path}")
+    if kind == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise ModuleNotFoundError(_NEEDS.format("imageio[ffmpeg]"))
-    import imageio.v2 as imageio
-
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ValueError(f"the video must be a file, {path} is a folder")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         # MuJoCo's renderer without a screen; taken when it is first imported
         os.environ.setdefault("MUJOCO_GL", "egl")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist")
-    with making(environment, render_mode="rgb_array") as plain:
+    with making(environment, imports=imports, render_mode="rgb_array") as plain:
         check_spaces(plain, _sizes(model))
-        rate = plain.metadata.get("render_fps", 30)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-            made = Path(scratch) / "video.mp4"
-            with imageio.get_writer(made, fps=rate, macro_block_size=1) as film:
+            made = Path(scratch) / f"video{kind}"
+            with contextlib.closing(_film(made, plain.metadata.get("render_fps") or 30)) as film:
                 filmed = _Filmed(plain, film)
                 played = _play(_actor(model, config), [filmed], [config.seed], target)
             made.replace(path)
     return played.returns[0]
+
+
+def _film(path: Path, rate: float) -> Any:
+    """What takes frames and writes them to `path`."""
+    try:
+        import imageio.v2 as imageio
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(_NEEDS.format("imageio[ffmpeg]")) from error
+    if path.suffix == ".gif":
+        # milliseconds a frame; viewers slow down what is shorter than 20
+        return imageio.get_writer(path, duration=max(20, round(1000 / rate)), loop=0)
+    return imageio.get_writer(path, fps=rate, macro_block_size=1)
 
 
 class _Filmed:
@@ -248,6 +280,7 @@ class _Filmed:
     def __init__(self, environment: Any, film: Any) -> None:
         self.environment, self.film = environment, film
         self.action_space, self.spec = environment.action_space, environment.spec
+        self.observation_space = environment.observation_space
 
     def reset(self, **options: Any) -> Any:
         found = self.environment.reset(**options)
@@ -268,55 +301,14 @@ class _Filmed:
                 f"no video: nothing renders {self.spec.id} here ({error}); MUJOCO_GL=egl and "
                 "MUJOCO_GL=osmesa choose renderers without a screen"
             ) from error
-        self.film.append_data(frame)
-
-
-@contextlib.contextmanager
-def making(name: str, **options: Any) -> Iterator[Any]:
-    """The environment `name`, closed at the end.
-
-    Raises:
-        ValueError: gymnasium knows no such environment.
-        ModuleNotFoundError: gymnasium, or what the environment needs, is not installed.
-    """
-    try:
-        import gymnasium
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(_NEEDS.format("gymnasium")) from error
-    with warnings.catch_warnings():
-        # an older version of an environment is what was asked for
-        warnings.simplefilter("ignore")
-        try:
-            environment = gymnasium.make(name, **options)
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise ModuleNotFoundError(f"{name}: {error}") from error
-        except (gymnasium.error.Error, ModuleNotFoundError) as error:
-            raise ValueError(f"no environment {name!r}: {error}") from error
-    try:
-        yield environment
-    finally:
-        environment.close()
-
-
-def check_spaces(environment: Any, sizes: tuple[int, int] | None = None) -> None:
-    """Whether an environment observes and does what a model, or data, does.
-
-    Args:
-        environment: of gymnasium.
-        sizes: numbers of an observation and of an action; None for any.
-
-    Raises:
-        ValueError: a space is no box of that many numbers, or actions have no bounds.
-    """
-    name = environment.spec.id
-    for place, what in enumerate(("observation", "action")):
-        space = getattr(environment, f"{what}_space")
-        if getattr(space, "low", None) is None or len(space.shape) != 1:
-            raise ValueError(f"{name} must have {what}s that are vectors of numbers, got {space}")
-        if sizes is not None and space.shape != (sizes[place],):
+        # a copy: the environment may draw the next one into the same buffer
+        frame = np.array(frame)
+        if frame.ndim != 3 or frame.dtype != np.uint8:
             raise ValueError(
-                f"{name} must have {what}s of {sizes[place]} numbers, those of the data and the "
-                f"model, got {space}"
+                f"no video: {self.spec.id} must render (height, width, 3) of uint8, got shape "
+                f"{frame.shape} of {frame.dtype}"
             )
-    if not np.isfinite([environment.action_space.low, environment.action_space.high]).all():
-        raise ValueError(f"{name} must have bounded actions, got no bounds")
+        # videos have even sizes
+        height, width, _ = frame.shape
+        edges = ((0, height % 2), (0, width % 2), (0, 0))
+        self.film.append_data(np.pad(frame, edges, mode="edge"))

@@ -6,15 +6,14 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from minrnn import acting
 from minrnn.configs import check_fields
 from minrnn.data.trajectories import REFERENCE_RETURNS, Trajectories, value_of
+from minrnn.environments import DEFAULT_LIMIT, begin, check_spaces, making, step
 
 Algorithm = Literal["ppo", "a2c", "sac", "td3", "ddpg"]
 # where a saved policy has the layers of its actor and of its critic
@@ -47,6 +46,9 @@ class CollectConfig:
     """Of the environment and the actions."""
     deterministic: bool = False
     """Take the policy's mean, not a sample."""
+    max_episode_steps: int | None = None
+    """Steps after which an episode is cut; None for the environment's own limit, or 1,000 where it
+    has none."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -54,10 +56,16 @@ class CollectConfig:
             raise ValueError(f"`episodes` must be >= 1, got {self.episodes}")
         if self.seed < 0:
             raise ValueError(f"`seed` must be >= 0, got {self.seed}")
+        if self.max_episode_steps is not None and self.max_episode_steps < 1:
+            raise ValueError(f"`max_episode_steps` must be >= 1, got {self.max_episode_steps}")
 
 
 def collect(
-    environment: str, config: CollectConfig, progress: Callable[[int], None] = lambda done: None
+    environment: str,
+    config: CollectConfig,
+    progress: Callable[[int], None] = lambda done: None,
+    *,
+    imports: bool = False,
 ) -> Trajectories:
     """Play whole episodes and keep what was seen, done and rewarded.
 
@@ -65,31 +73,39 @@ def collect(
         environment: gymnasium's name of it; its observations and actions are vectors.
         config: who plays, and how much.
         progress: called with the number of episodes done after each.
+        imports: whether `environment` may import a module; see `minrnn.environments.making`.
 
     Raises:
-        ValueError: the environment is not known or has other spaces, or the policy does not fit.
+        ValueError: the environment is not known, has other spaces, or returns what is no number,
+            or the policy does not fit.
         FileNotFoundError: there is no such policy.
         ModuleNotFoundError: gymnasium or stable-baselines3 is not installed.
     """
-    torch.manual_seed(config.seed)
     rows: dict[str, list[Any]] = {"observations": [], "actions": [], "rewards": []}
     ends, terminated = [], []
-    with acting.making(environment) as env:
-        acting.check_spaces(env)
+    # the caller's random numbers stay where they were
+    with torch.random.fork_rng(devices=[]), making(environment, imports=imports) as env:
+        torch.manual_seed(config.seed)
+        check_spaces(env)
+        limit = config.max_episode_steps
+        if limit is None and env.spec.max_episode_steps is None:
+            limit = DEFAULT_LIMIT
         env.action_space.seed(config.seed)
         act = _policy(config, env)
-        observation, _ = env.reset(seed=config.seed)
+        observation, length = begin(env, config.seed), 0
         while len(ends) < config.episodes:
-            action = act(observation)
-            following, reward, ended, cut, _ = env.step(action)
-            for name, value in zip(rows, (observation, action, reward), strict=True):
-                rows[name].append(np.asarray(value, dtype=np.float32))
-            observation = following
-            if ended or cut:
+            # neither the policy nor the environment gets the arrays that are kept
+            action = np.array(act(observation.copy()))
+            result = step(env, action)
+            length += 1
+            for name, value in zip(rows, (observation, action, result.reward), strict=True):
+                rows[name].append(np.array(value, dtype=np.float32))
+            observation = result.observation
+            if result.terminated or result.truncated or length == limit:
                 ends.append(len(rows["rewards"]))
-                terminated.append(ended)
+                terminated.append(result.terminated)
                 progress(len(ends))
-                observation, _ = env.reset()
+                observation, length = begin(env), 0
     return Trajectories(
         np.stack(rows["observations"]),
         np.stack(rows["actions"]),
@@ -118,7 +134,10 @@ def _policy(config: CollectConfig, env: Any) -> Callable[[np.ndarray], np.ndarra
         with zipfile.ZipFile(path) as archive:
             content, settings = archive.read("policy.pth"), archive.read("data").decode()
         weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
+        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+            raise ValueError("policy.pth must hold tensors by name")
+    # damaged bytes make zipfile and torch raise whatever these spell
+    except Exception as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no policy of stable-baselines3: {why}") from error
     actor, critic = (_widths(weights, name) for name in _LAYERS[algorithm])
@@ -128,12 +147,15 @@ def _policy(config: CollectConfig, env: Any) -> Callable[[np.ndarray], np.ndarra
     # the setting itself is a pickle; its name stands beside it
     function = re.search(r"activation_fn[^>]*torch\.nn\.modules\.activation\.(\w+)", settings)
     if function is not None:
-        options["activation_fn"] = getattr(torch.nn, function[1])
+        activation = vars(torch.nn.modules.activation).get(function[1])
+        if not isinstance(activation, type) or not issubclass(activation, torch.nn.Module):
+            raise ValueError(f"{path} must have an activation of torch.nn, got {function[1]!r}")
+        options["activation_fn"] = activation
     kind = getattr(stable_baselines3, algorithm.upper())
-    model = kind("MlpPolicy", env, policy_kwargs=options, device="cpu")
     try:
+        model = kind("MlpPolicy", env, policy_kwargs=options, device="cpu")
         model.policy.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AssertionError) as error:
         first = " ".join(str(error).split("\n")[:2])
         raise ValueError(f"{path} is no {algorithm} policy for {env.spec.id}: {first}") from error
     return lambda observation: model.predict(observation, deterministic=config.deterministic)[0]

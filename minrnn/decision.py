@@ -9,6 +9,9 @@ from minrnn.configs import check_fields
 from minrnn.models import Blocks, ModelConfig
 from minrnn.state import State
 
+# returns-to-go are divided by it where no data says otherwise: Chen et al. 2021, arXiv:2106.01345
+_SCALE = 1000.0
+
 
 @dataclass(frozen=True)
 class DecisionConfig:
@@ -28,8 +31,9 @@ class DecisionConfig:
     """Numbers that an action has, A; 0 stands for those of the data."""
     episode_length: int = 1000
     """Steps that a timestep embedding is learnt for; 0 leaves it out."""
-    return_scale: float = 1000.0
-    """Returns-to-go are divided by it."""
+    return_scale: float | None = None
+    """Returns-to-go are divided by it. None stands for that of the data in a training, the largest
+    power of ten up to their largest size, and for 1,000 in a model that is made without data."""
     blocks: ModelConfig = field(
         default_factory=lambda: ModelConfig(
             width=128, expansion=1, num_heads=1, conv_width=0, dropout=0.1
@@ -43,7 +47,7 @@ class DecisionConfig:
                 raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}")
         if self.blocks.vocab_size:
             raise ValueError(f"a decision model has no symbols, got {self.blocks.vocab_size}")
-        if self.return_scale <= 0:
+        if self.return_scale is not None and self.return_scale <= 0:
             raise ValueError(f"`return_scale` must be > 0, got {self.return_scale}")
 
 
@@ -91,6 +95,7 @@ class DecisionModel(nn.Module):
                 f"`config.observation_size` and `config.action_size` must be >= 1, got {S}, {A}"
             )
         self.config = config
+        self.return_scale = _SCALE if config.return_scale is None else config.return_scale
         self.embed_action = nn.Linear(A, width)
         self.embed_return = nn.Linear(1, width)
         self.embed_observation = nn.Linear(S, width)
@@ -140,7 +145,7 @@ class DecisionModel(nn.Module):
         observation = (observation - self.observation_mean) / self.observation_std
         action = (action - self.action_middle) / self.action_reach
         action = self.embed_action(action.to(dtype))
-        to_go = self.embed_return((to_go / self.config.return_scale).to(dtype))
+        to_go = self.embed_return((to_go / self.return_scale).to(dtype))
         observation = self.embed_observation(observation.to(dtype))
         if self.embed_step is not None:
             last = self.embed_step.num_embeddings - 1

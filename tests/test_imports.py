@@ -16,7 +16,7 @@ PACKAGE = Path(minrnn.__file__).parent
 # storeys from the bottom up: a module imports from its own storey or from those below
 STOREYS = [
     {"ops", "files", "configs", "splitmix"},
-    {"state", "distributed", "onnx", "sampling"},
+    {"state", "distributed", "onnx", "sampling", "environments"},
     {"layers"},
     {"mixers"},
     {"blocks"},

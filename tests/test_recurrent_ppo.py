@@ -103,6 +103,82 @@ def test_advantages_are_those_of_each_episode(ppo, played) -> None:
             assert found[b, t].item() == pytest.approx(float(total), abs=1e-4)
 
 
+def _rollout(ppo, **columns):
+    """One environment, three steps; values of the steps 10, 20, 40."""
+    zeros = torch.zeros(1, 3)
+    columns = {name: torch.tensor([column]) for name, column in columns.items()}
+    known = {
+        "x": torch.zeros(1, 3, 4),
+        "begins": zeros.bool(),
+        "actions": zeros.long(),
+        "log_probs": zeros,
+        "values": torch.tensor([[10.0, 20.0, 40.0]]),
+        "rewards": torch.tensor([[1.0, 2.0, 3.0]]),
+        "ends": zeros.bool(),
+        "after": zeros,
+        "state": torch.zeros(1, 1, ppo.WIDTH),
+    }
+    return ppo.Rollout(**(known | columns))
+
+
+def test_a_time_limit_is_no_end(ppo, monkeypatch) -> None:
+    monkeypatch.setattr(ppo, "DISCOUNT", 0.5)
+    monkeypatch.setattr(ppo, "TRACE", 0.5)
+    behind = torch.tensor([80.0])
+    # delta: 1 + 0.5 * 20 - 10 = 1, 2 + 0.5 * 40 - 20 = 2, 3 + 0.5 * 80 - 40 = 3
+    found = ppo.advantages(_rollout(ppo), behind)
+    assert found.tolist() == [[1 + 0.25 * (2 + 0.25 * 3), 2 + 0.25 * 3, 3]]
+    # ended by the environment at the second step: 2 - 20
+    ended = {"ends": [False, True, False]}
+    found = ppo.advantages(_rollout(ppo, **ended), behind)
+    assert found.tolist() == [[1 + 0.25 * -18, -18, 3]]
+    # cut there, where the next observation has the value 100: 2 + 0.5 * 100 - 20
+    found = ppo.advantages(_rollout(ppo, **ended, after=[0.0, 100.0, 0.0]), behind)
+    assert found.tolist() == [[1 + 0.25 * 32, 32, 3]]
+    # cut at the last step: its own next value, not that of the episode that follows
+    cut = {"ends": [False, False, True], "after": [0.0, 0.0, 100.0]}
+    found = ppo.advantages(_rollout(ppo, **cut), behind)
+    assert found[0, 2] == 3 + 0.5 * 100 - 40
+
+
+def test_an_episode_that_is_cut_goes_on_in_its_value(ppo) -> None:
+    torch.manual_seed(1)
+    limit = 5
+    agent = ppo.Agent("mingru", 10)
+    agent.policy.bias.data[ppo.FORWARD] += 2
+    collector = ppo.Collector(agent, 3, seed=2, limit=limit)
+    collector.collect()
+    rollout = collector.collect()[0]
+    cut = rollout.after != 0
+    assert cut.any()
+    assert (rollout.ends & ~cut).any()
+    assert not (cut & ~rollout.ends).any()
+    # every step that is learnt from was played: episodes begin where others end, at the first sign
+    assert rollout.begins[:, 1:].equal(rollout.ends[:, :-1])
+    assert (rollout.x[:, :, :2].sum(dim=2)[rollout.begins] == 1).all()
+
+
+def test_the_value_after_a_cut_is_that_of_the_next_observation(ppo) -> None:
+    torch.manual_seed(1)
+    limit = 5
+    agent = ppo.Agent("mingru", 10)
+    rollout = ppo.Collector(agent, 3, seed=2, limit=limit).collect()[0]
+    maze, nothing = ppo.TMaze(3), torch.zeros(1, limit + 1, dtype=torch.bool)
+    cuts = (rollout.after != 0).nonzero()[:8].tolist()
+    assert len(cuts) == 8
+    for row, last in cuts:
+        # the episode once more, alone, with one observation more
+        first = last - limit + 1
+        maze.reset()
+        maze.sign = ppo.LEFT if rollout.x[row, first, 0] else ppo.RIGHT
+        for action in rollout.actions[row, first : last + 1].tolist():
+            seen = maze.step(action)[0]
+        x = torch.cat([rollout.x[row, first : last + 1], torch.from_numpy(seen)[None]])[None]
+        with torch.no_grad():
+            _, values, _ = agent(x, torch.zeros(1, 1, ppo.WIDTH), nothing)
+        torch.testing.assert_close(values[0, -1], rollout.after[row, last], rtol=1e-4, atol=1e-5)
+
+
 def test_the_maze_is_an_environment(ppo) -> None:
     maze = ppo.TMaze(2)
     check_env(maze, skip_render_check=True)
@@ -131,6 +207,7 @@ def test_a_memory_is_what_it_takes(ppo, tmp_path, capsys, monkeypatch) -> None:
     assert right["mingru"] > 0.9
     assert right["none"] < 0.75
     assert out.with_suffix(".png").stat().st_size > 5000
-    monkeypatch.setattr(sys, "argv", ["recurrent_ppo.py", "--seeds", "0"])
-    with pytest.raises(SystemExit, match="2"):
-        ppo.main()
+    for wrong in (["--seeds", "0"], ["--limit", "-1"]):
+        monkeypatch.setattr(sys, "argv", ["recurrent_ppo.py", *wrong])
+        with pytest.raises(SystemExit, match="2"):
+            ppo.main()

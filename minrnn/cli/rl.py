@@ -14,7 +14,7 @@ from minrnn import acting, checkpoint, ranks
 from minrnn.acting import ActingConfig
 from minrnn.collecting import CollectConfig, collect
 from minrnn.data import trajectory_files
-from minrnn.data.trajectories import Trajectories, normalized
+from minrnn.data.trajectories import Trajectories
 from minrnn.decision import DecisionModel
 from minrnn.recipes import RlConfig
 from minrnn.runs import decisions
@@ -52,28 +52,28 @@ def evaluate_rl(
     Args:
         run: the run folder.
         env: gymnasium's name of another environment of the same kind.
-        video: play one episode only and write it to this file (MP4).
+        video: play one episode only and write it to this file (.mp4 or .gif).
         acting_config: how.
     """
-    config, saved = decisions.read(run), checkpoint.read_config(run)
+    config, facts = decisions.read(run), decisions.facts(run)
     model = checkpoint.load(run).model
     assert isinstance(model, DecisionModel)
-    environment = env or saved["environment"]
+    # a name that a file says must not import a module
+    environment, imports = env or facts.environment, bool(env)
     asked = replace(
         acting_config,
         target=decisions.target(run, environment, acting_config.target),
         context=acting_config.context or config.context,
     )
     if video is not None:
-        got = acting.record(model, environment, asked, video)
+        got = acting.record(model, environment, asked, video, imports=imports)
         print(f"{video}: an episode of return {got:.1f}, asked for {asked.target:g}")
         return 0
-    played = acting.play(model, environment, asked)
-    reference = saved["reference"] and tuple(saved["reference"])
+    played = acting.play(model, environment, asked, imports=imports)
     figures: dict[str, Any] = {
         "return": statistics.fmean(played.returns),
         "deviation": statistics.pstdev(played.returns),
-        "score": normalized(statistics.fmean(played.returns), reference),
+        "score": facts.score(statistics.fmean(played.returns), environment),
         "length": statistics.fmean(played.lengths),
         "seconds_per_action": played.seconds_per_action,
     }
@@ -91,13 +91,19 @@ def evaluate_rl(
     return 0
 
 
-def show_trajectories(data: Positional[tuple[Path, ...]]) -> int:
-    """Say what is in sets of episodes.
+def show_trajectories(
+    data: Positional[tuple[Path, ...]],
+    env: str | None = None,
+    reference: tuple[float, float] | None = None,
+) -> int:
+    """Print what is in sets of episodes.
 
     Args:
         data: D4RL files (HDF5), folders of them, or Minari sets by folder or name.
+        env: gymnasium's name of the environment, where the data does not say it, or several.
+        reference: returns of a random and of an expert policy, which scores are measured by.
     """
-    for line in _describe(trajectory_files.read(data)):
+    for line in _describe(trajectory_files.read(data, env, reference)):
         print(line)
     return 0
 
@@ -115,15 +121,17 @@ def convert_trajectories(
         data: what to read.
         out: the folder (minari; its last part names the set, like medium-v0) or file (d4rl).
         to: the layout to write.
-        env: gymnasium's name of the environment, where the data does not say it.
+        env: gymnasium's name of the environment, where the data does not say it, or several.
         reference: returns of a random and of an expert policy, where neither the data nor D4RL
             has them.
     """
-    found = trajectory_files.read((data,))
-    found = trajectory_files.with_reference(found, env, reference)
     if out.exists():
         raise ValueError(f"{out} exists; choose another name")
-    (trajectory_files.write_minari if to == "minari" else trajectory_files.write_d4rl)(found, out)
+    found = trajectory_files.read((data,), env, reference)
+    if to == "minari":
+        trajectory_files.write_minari(found, out, imports=bool(env))
+    else:
+        trajectory_files.write_d4rl(found, out)
     print(f"{out}: {found.num_episodes:,} episodes, {found.num_steps:,} steps")
     return 0
 
@@ -142,9 +150,15 @@ def collect_trajectories(
     """
     if out.exists():
         raise ValueError(f"{out} exists; choose another name")
+    # refused now, not after hours of playing
+    out.parent.mkdir(parents=True, exist_ok=True)
     with Bar(disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("episodes", total=config.episodes)
-        data = collect(environment, config, lambda done: bar.update(task, completed=done))
+
+        def progress(done: int) -> None:
+            bar.update(task, completed=done)
+
+        data = collect(environment, config, progress, imports=True)
     trajectory_files.write_d4rl(data, out)
     print(f"{out}: {data.num_episodes:,} episodes, {data.num_steps:,} steps")
     return 0
@@ -153,7 +167,7 @@ def collect_trajectories(
 def _describe(data: Trajectories) -> list[str]:
     returns, lengths = data.returns, data.lengths
     lines = [
-        f"environment {data.environment or 'not said'}",
+        f"environment {data.environment or 'not said; give it by --env NAME'}",
         f"observations of {data.observations.shape[1]} numbers, actions of "
         f"{data.actions.shape[1]}, between {data.actions.min():g} and {data.actions.max():g}",
         f"episodes {data.num_episodes:,}, {int(data.terminated.sum()):,} of them ended by the "

@@ -1,9 +1,10 @@
 """Episodes of observations, actions and rewards -> windows to learn decisions from."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +25,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """Whole episodes, one after the other.
+    """Whole episodes, one after the other. The arrays are copies of those that are passed in.
 
     Raises:
-        ValueError: lengths differ, a number is not finite, or there is no episode.
+        ValueError: shapes differ, a number is not finite, there is no episode, or the reference
+            returns do not rise.
+        TypeError: a field has another type.
     """
 
     observations: np.ndarray
@@ -46,14 +49,27 @@ class Trajectories:
     """mean return of a random and of an expert policy, which a score is measured by"""
 
     def __post_init__(self) -> None:
+        kinds = {"observations": "biuf", "actions": "biuf", "rewards": "biuf", "ends": "iu"}
+        dtypes = {"ends": np.int64, "terminated": np.bool_}
+        for name, kind in (kinds | {"terminated": "b"}).items():
+            dtype = dtypes.get(name, np.float32)
+            object.__setattr__(self, name, _copy(name, getattr(self, name), kind, dtype))
+        name = self.environment
+        if name is not None and not (isinstance(name, str) and name.isprintable()):
+            raise TypeError(f"`environment` must be a printable str or None, got {name!r}")
+        if self.reference is not None:
+            object.__setattr__(self, "reference", checked_reference(self.reference))
+        if self.rewards.ndim != 1:
+            raise ValueError(f"`rewards` must have shape (N,), got {self.rewards.shape}")
         steps = len(self.rewards)
         for name in ("observations", "actions"):
             value = getattr(self, name)
-            if value.ndim != 2 or len(value) != steps:
+            if value.ndim != 2 or len(value) != steps or value.shape[1] < 1:
                 raise ValueError(
                     f"`{name}` must have shape (N, features) with N = {steps}, that of the "
                     f"rewards, got {value.shape}"
                 )
+        self._check_ends(steps)
         for name in ("observations", "actions", "rewards"):
             bad = ~np.isfinite(getattr(self, name)).reshape(steps, -1).all(axis=1)
             if bad.any():
@@ -61,8 +77,27 @@ class Trajectories:
                     f"`{name}` must be finite, row {int(bad.argmax())} and {int(bad.sum()) - 1} "
                     "others are not"
                 )
+
+    def _check_ends(self, steps: int) -> None:
+        if self.ends.ndim != 1 or self.terminated.shape != self.ends.shape:
+            raise ValueError(
+                "`ends` and `terminated` must have shape (E,), got "
+                f"{self.ends.shape} and {self.terminated.shape}"
+            )
         if len(self.ends) == 0:
             raise ValueError("there must be at least one whole episode, got none")
+        short = np.diff(self.ends, prepend=0) < 1
+        if short.any():
+            episode = int(short.argmax())
+            before = f" after {self.ends[episode - 1]}" if episode else ""
+            raise ValueError(
+                "`ends` must be strictly increasing from >= 1, got "
+                f"{self.ends[episode]}{before} for episode {episode}"
+            )
+        if self.ends[-1] != steps:
+            raise ValueError(
+                f"the last of `ends` must be N = {steps}, the number of steps, got {self.ends[-1]}"
+            )
 
     @property
     def num_episodes(self) -> int:
@@ -104,6 +139,30 @@ class Trajectories:
         # a feature that never changes is left as it is
         return mean.astype(np.float32), np.where(std > 1e-6, std, 1.0).astype(np.float32)
 
+    @property
+    def return_scale(self) -> float:
+        """The largest power of ten up to the largest |return-to-go|; 1 if all of them are 0.
+
+        Returns divided by it lie within -10 to 10, and not all within -1 to 1. For the returns of
+        Hopper, HalfCheetah and Walker2d that is the 1,000 of Chen et al. 2021, arXiv:2106.01345.
+        """
+        largest = float(np.abs(self.to_go).max())
+        # float32 has no numbers far below 1e-37
+        return 10.0 ** max(-30, math.floor(math.log10(largest))) if largest > 0 else 1.0
+
+    def outside(self, low: np.ndarray, high: np.ndarray) -> tuple[int, float]:
+        """How many actions lie outside `low` to `high`, (A,) each, and the largest excess.
+
+        Excess of the size of float32's rounding does not count.
+        """
+        excess = np.maximum(low - self.actions, self.actions - high)
+        beyond = excess > 1e-6 * np.maximum(np.abs(low), np.abs(high))
+        return int(beyond.any(axis=1).sum()), float(excess.max(initial=0.0, where=beyond))
+
+    def clipped(self, low: np.ndarray, high: np.ndarray) -> "Trajectories":
+        """The same episodes, with actions clipped to `low` to `high`, (A,) each."""
+        return replace(self, actions=np.clip(self.actions, low, high))
+
     def best(self, fraction: float) -> "Trajectories":
         """The episodes with the highest returns that make up at least `fraction` of the steps.
 
@@ -132,6 +191,33 @@ class Trajectories:
     def score(self, value: float) -> float | None:
         """`value`, a return, on a scale from 0 (random) to 100 (expert); None without reference."""
         return normalized(value, self.reference)
+
+
+def _copy(name: str, value: Any, kinds: str, dtype: Any) -> np.ndarray:
+    """`value` as an array of its own; its dtype must be of `kinds`, letters of numpy."""
+    found = np.asarray(value)
+    if found.dtype.kind not in kinds:
+        raise TypeError(f"`{name}` must be {np.dtype(dtype)}, got dtype {found.dtype}")
+    with np.errstate(over="ignore"):
+        # what float32 cannot hold becomes infinite, which is refused
+        return np.array(found, dtype=dtype)
+
+
+def checked_reference(value: Any) -> tuple[float, float]:
+    """Reference returns (random, expert) as two numbers.
+
+    Raises:
+        ValueError: they are not two finite numbers, the second above the first.
+    """
+    try:
+        lowest, highest = (float(np.asarray(part, dtype=np.float64).item()) for part in value)
+    except (TypeError, ValueError):
+        lowest = highest = math.nan
+    if not (math.isfinite(lowest) and math.isfinite(highest) and lowest < highest):
+        raise ValueError(
+            f"`reference` must be two finite returns (random, expert), rising, got {value}"
+        )
+    return lowest, highest
 
 
 def normalized(value: float, reference: tuple[float, float] | None) -> float | None:

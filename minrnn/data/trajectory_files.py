@@ -1,30 +1,36 @@
 """Episodes on disk: D4RL's flat HDF5 and Minari's folders, read and written."""
 
 import hashlib
-import json
-import os
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minrnn.data.trajectories import REFERENCE_RETURNS, Trajectories, value_of
+from minrnn.data.minari_sets import check_size, data_folder, read_minari, write_minari
+from minrnn.data.trajectories import REFERENCE_RETURNS, Trajectories, checked_reference, value_of
 from minrnn.files import replacing
 
+__all__ = ["fingerprint", "read", "write_d4rl", "write_minari"]
+
 _KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+_ATTRIBUTES = ("env", "ref_min_score", "ref_max_score")
 _SUFFIXES = (".hdf5", ".h5")
 
 
-def read(paths: Sequence[Path]) -> Trajectories:
-    """Read one or more sets of the same environment, one behind the other.
+def read(
+    paths: Sequence[Path],
+    environment: str | None = None,
+    reference: tuple[float, float] | None = None,
+) -> Trajectories:
+    """Read one or more sets of the same environment, one after the other.
 
     Args:
         paths: each a D4RL file (HDF5), a folder of such files, or a Minari set: its folder, or its
             name, e.g. mujoco/hopper/medium-v0, if it is stored where Minari keeps its own.
+        environment: gymnasium's name of it, in place of what the sets say; joins sets of several
+            versions of an environment.
+        reference: returns of a random and of an expert policy, in place of what the sets say.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -37,13 +43,19 @@ def read(paths: Sequence[Path]) -> Trajectories:
     parts = [_read(file) for path in paths for file in _files(path)]
     sizes = {(d.observations.shape[1], d.actions.shape[1]) for d in parts}
     environments = {d.environment for d in parts if d.environment}
-    if len(sizes) > 1 or len(environments) > 1:
+    if len(sizes) > 1 or (len(environments) > 1 and environment is None):
         raise ValueError(
             "`paths` must hold one environment's sets, got observations and actions of sizes "
             f"{sorted(sizes)} and the environments {sorted(environments)}"
+            + ("" if len(sizes) > 1 else "; join versions of one environment by --env")
         )
-    if len(parts) == 1:
-        return parts[0]
+    references = {d.reference for d in parts if d.reference}
+    if len(references) > 1 and reference is None:
+        raise ValueError(
+            f"`paths` must have the same reference returns, got {sorted(references)}; "
+            "give them by --reference"
+        )
+    environment = environment or next(iter(environments), None)
     offsets = np.cumsum([0, *(d.num_steps for d in parts[:-1])])
     return Trajectories(
         np.concatenate([d.observations for d in parts]),
@@ -51,8 +63,8 @@ def read(paths: Sequence[Path]) -> Trajectories:
         np.concatenate([d.rewards for d in parts]),
         np.concatenate([d.ends + offset for d, offset in zip(parts, offsets, strict=True)]),
         np.concatenate([d.terminated for d in parts]),
-        next(iter(environments), None),
-        next((d.reference for d in parts if d.reference), None),
+        environment,
+        reference or next(iter(references), None) or value_of(REFERENCE_RETURNS, environment),
     )
 
 
@@ -79,6 +91,7 @@ def write_d4rl(data: Trajectories, path: Path) -> None:
     terminals[data.ends - 1] = data.terminated
     columns = {name: getattr(data, name) for name in _KEYS[:3]}
     columns |= {"terminals": terminals, "timeouts": last & ~terminals}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file, h5py.File(file, "w") as h5:
         for name, value in columns.items():
             h5.create_dataset(name, data=value, compression="gzip", shuffle=True)
@@ -88,79 +101,9 @@ def write_d4rl(data: Trajectories, path: Path) -> None:
             h5.attrs["ref_min_score"], h5.attrs["ref_max_score"] = data.reference
 
 
-def write_minari(data: Trajectories, folder: Path) -> None:
-    """Write a Minari set, with the reference returns in its metadata.
-
-    Minari keeps the observation after the last action, which neither D4RL nor `Trajectories` has;
-    the last observation stands there a second time, and the description says so.
-
-    Args:
-        data: its environment must be known to gymnasium.
-        folder: a new one; its last part names the set. Inside Minari's own folder of sets, it can
-            be loaded by its name.
-
-    Raises:
-        ValueError: `folder` exists, its name is none of a Minari set, or the environment is not
-            known.
-    """
-    minari = _minari()
-    import gymnasium
-    from minari.data_collector import EpisodeBuffer
-    from minari.dataset.minari_storage import MinariStorage
-
-    if folder.exists():
-        raise ValueError(f"`folder` must be a new one, {folder} exists")
-    if not data.environment:
-        raise ValueError("the set does not say its environment; give it by --env")
-    try:
-        minari.dataset.minari_dataset.parse_dataset_id(folder.name)
-        spec = gymnasium.spec(data.environment)
-    except (gymnasium.error.Error, TypeError, ValueError) as error:
-        raise ValueError(f"{folder.name}: {error}; a name is like medium-v0") from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        made = Path(scratch) / "set"
-        made.mkdir()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            storage = MinariStorage.new(made / "data", env_spec=spec)
-            storage.update_episodes(_episodes(data, EpisodeBuffer))
-        storage.update_metadata(_metadata(data, folder.name, minari.__version__))
-        made.rename(folder)
-
-
-def _metadata(data: Trajectories, name: str, version: str) -> dict[str, Any]:
-    says = "Converted from D4RL's layout: the observation after an episode's last action is not "
-    facts: dict[str, Any] = {
-        "dataset_id": name,
-        "minari_version": version,
-        "description": says + "known, the one before it stands there again.",
-    }
-    if data.reference:
-        facts["ref_min_score"], facts["ref_max_score"] = data.reference
-        facts["num_episodes_average_score"] = 100
-    return facts
-
-
-def _episodes(data: Trajectories, kind: Any) -> Iterator[Any]:
-    for number, (start, end) in enumerate(zip(data.starts, data.ends, strict=True)):
-        rows = slice(start, end)
-        last = np.arange(start, end) == end - 1
-        ended = bool(data.terminated[number])
-        yield kind(
-            observations=np.concatenate(
-                [data.observations[rows], data.observations[end - 1 : end]]
-            ),
-            actions=data.actions[rows],
-            rewards=data.rewards[rows],
-            terminations=last & ended,
-            truncations=last & (not ended),
-        )
-
-
 def _files(path: Path) -> list[Path]:
     """The sets that `path` stands for."""
-    if path.is_file() or _minari_data(path) is not None:
+    if path.is_file() or data_folder(path) is not None:
         return [path]
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
@@ -170,20 +113,11 @@ def _files(path: Path) -> list[Path]:
     raise FileNotFoundError(f"{path} does not exist, as a file, a folder or a Minari set")
 
 
-def _minari_data(path: Path) -> Path | None:
-    """The folder with the data of a Minari set, by its own path or by its name."""
-    stored = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
-    for folder in (path / "data", path, stored / path / "data"):
-        if (folder / "metadata.json").is_file():
-            return folder
-    return None
-
-
 def _read(path: Path) -> Trajectories:
-    folder = _minari_data(path)
+    folder = data_folder(path)
     try:
-        return _read_d4rl(path) if folder is None else _read_minari(folder)
-    except ValueError as error:
+        return _read_d4rl(path) if folder is None else read_minari(folder)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -196,28 +130,31 @@ def _read_d4rl(path: Path) -> Trajectories:
             missing = [key for key in _KEYS if not isinstance(file.get(key), h5py.Dataset)]
             if missing:
                 raise ValueError(f"must have the keys {_KEYS}, {missing} are missing")
-            columns = {key: file[key][()] for key in _KEYS}
-            attributes = dict(file.attrs)
-    except (OSError, RuntimeError) as error:
+            for key in _KEYS:
+                check_size(key, file[key])
+            columns = {key: np.asarray(file[key][()]) for key in _KEYS}
+            attributes = {name: file.attrs[name] for name in _ATTRIBUTES if name in file.attrs}
+    except (OSError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"is damaged: {error}") from error
-    lengths = {key: len(value) if np.ndim(value) else 0 for key, value in columns.items()}
+    lengths = {key: len(value) if value.ndim else 0 for key, value in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"all keys must have one length, got {lengths}")
-    terminals = columns["terminals"].reshape(-1).astype(bool)
-    last = np.flatnonzero(terminals | columns["timeouts"].reshape(-1).astype(bool))
+    if 0 in lengths.values():
+        raise ValueError("its keys have no rows: it has no whole episode")
+    rewards, terminals, timeouts = (_column(key, columns[key]) for key in _KEYS[2:])
+    terminals, timeouts = _flags("terminals", terminals), _flags("timeouts", timeouts)
+    last = np.flatnonzero(terminals | timeouts)
     if len(last) == 0:
         raise ValueError("no row of `terminals` or `timeouts` is true: it has no whole episode")
-    # what stands behind the last end is part of an episode
+    # rows after the last end are part of an episode
     whole = int(last[-1]) + 1
-    environment = attributes.get("env")
-    environment = None if environment is None else str(environment)
-    reference = None
-    if "ref_min_score" in attributes and "ref_max_score" in attributes:
-        reference = (float(attributes["ref_min_score"]), float(attributes["ref_max_score"]))
+    environment = _text("env", attributes.get("env")) or None
+    given = [attributes.get(name) for name in _ATTRIBUTES[1:]]
+    reference = None if any(value is None for value in given) else checked_reference(given)
     return Trajectories(
-        columns["observations"][:whole].astype(np.float32),
-        columns["actions"][:whole].astype(np.float32),
-        columns["rewards"][:whole].reshape(-1).astype(np.float32),
+        columns["observations"][:whole],
+        columns["actions"][:whole],
+        rewards[:whole],
         last + 1,
         terminals[last],
         environment,
@@ -225,81 +162,42 @@ def _read_d4rl(path: Path) -> Trajectories:
     )
 
 
-def _read_minari(folder: Path) -> Trajectories:
-    _minari()
-    from minari.dataset.minari_storage import MinariStorage
-
-    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    spec = json.loads(metadata.get("env_spec") or "{}")
-    environment = spec.get("id")
-    reference = value_of(REFERENCE_RETURNS, environment)
-    if "ref_min_score" in metadata and "ref_max_score" in metadata:
-        reference = (float(metadata["ref_min_score"]), float(metadata["ref_max_score"]))
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in _KEYS[:3]}
-    lengths, terminated = [], []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        storage = MinariStorage.read(folder)
-        for episode in storage.get_episodes(range(int(storage.total_episodes))):
-            observations, actions = episode["observations"], episode["actions"]
-            for name, value in (("observations", observations), ("actions", actions)):
-                if not isinstance(value, np.ndarray) or value.ndim != 2:
-                    raise ValueError(f"`{name}` must be vectors, got {_what(value)}")
-            steps = len(episode["rewards"])
-            if (len(observations), len(actions)) != (steps + 1, steps):
-                raise ValueError(
-                    f"episode {len(lengths)} must have one observation more than actions and "
-                    f"rewards, got {len(observations)}, {len(actions)} and {steps}"
-                )
-            if not (episode["terminations"][-1] or episode["truncations"][-1]):
-                # part of an episode, cut when the recording was
-                continue
-            columns["observations"].append(observations[:-1])
-            columns["actions"].append(actions)
-            columns["rewards"].append(np.asarray(episode["rewards"]))
-            lengths.append(steps)
-            terminated.append(bool(episode["terminations"][-1]))
-    if not lengths:
-        raise ValueError("it has no whole episode")
-    observations, actions, rewards = (
-        np.concatenate(part).astype(np.float32) for part in columns.values()
-    )
-    ends = np.cumsum(lengths)
-    return Trajectories(
-        observations, actions, rewards, ends, np.array(terminated), environment, reference
-    )
+def _column(key: str, value: np.ndarray) -> np.ndarray:
+    """One number a row, from shape (N,) or (N, 1)."""
+    if value.size != len(value):
+        raise ValueError(f"`{key}` must have shape (N,), got {value.shape}")
+    return value.reshape(-1)
 
 
-def _what(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"shape {value.shape} with the steps"
-    return f"a {type(value).__name__}"
+def _flags(key: str, value: np.ndarray) -> np.ndarray:
+    """Numbers 0 and 1 as booleans."""
+    if value.dtype.kind not in "biuf" or not ((value == 0) | (value == 1)).all():
+        raise ValueError(f"`{key}` must be booleans, or 0 and 1, got {value.dtype} with others")
+    return value.astype(bool)
 
 
-def with_reference(
-    data: Trajectories, environment: str | None, reference: tuple[float, float] | None
-) -> Trajectories:
-    """`data` with what its files do not say: the environment, the reference returns."""
-    environment = environment or data.environment
-    reference = reference or data.reference or value_of(REFERENCE_RETURNS, environment)
-    return replace(data, environment=environment, reference=reference)
+def _text(name: str, value: Any) -> str | None:
+    """An attribute of HDF5, which is a string or its bytes, alone or as an array of one."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, str):
+        # h5py has bytes that are no text as half surrogates
+        value = value.encode("utf-8", "surrogateescape")
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, bytes):
+            raise TypeError
+        return value.decode("utf-8")
+    except (TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"the attribute `{name}` must be a text, got {value!r}") from error
 
 
 def _h5py() -> Any:
     try:
         import h5py
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(_needs("h5py")) from error
+        raise ModuleNotFoundError(
+            "this needs the package h5py, which is not installed: pip install 'minrnn[rl]'"
+        ) from error
     return h5py
-
-
-def _minari() -> Any:
-    try:
-        import minari
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(_needs("minari")) from error
-    return minari
-
-
-def _needs(name: str) -> str:
-    return f"this needs the package {name}, which is not installed: pip install 'minrnn[rl]'"

@@ -13,7 +13,6 @@ from minrnn import checkpoint
 from minrnn.acting import GROWING, ActingConfig, Way, play
 from minrnn.configs import check_fields
 from minrnn.data import trajectory_files
-from minrnn.data.trajectories import normalized
 from minrnn.decision import DecisionModel
 from minrnn.experiments.results import TextTable, publish, spread, with_earlier
 from minrnn.files import write_atomically
@@ -34,6 +33,8 @@ SETS: dict[str, tuple[str, ...]] = {
     for files in [tuple(f"{environment}-{kind}.hdf5" for kind in kinds)]
 }
 
+# returns-to-go are divided by it: Chen et al. 2021, arXiv:2106.01345, for all three environments
+RETURN_SCALE = 1000.0
 # single steps that a clone learns from at a time
 _CLONED = 256
 # of width 256 and a small learning rate in the paper
@@ -167,8 +168,9 @@ def run_config(config: D4rlConfig, set_name: str, name: Name, seed: int, folder:
         blocks = replace(blocks, width=256)
     if config.preset == "paper" and set_name in (*_WIDE, "walker2d-medium"):
         train = replace(train, learning_rate=1e-4, min_learning_rate=1e-4)
-    # a clone looks at what it sees now, not at the time
-    model = replace(recipe.model, blocks=blocks)
+    # the scale of the published table, whatever the data gives; a clone looks at what it sees now,
+    # not at the time
+    model = replace(recipe.model, blocks=blocks, return_scale=RETURN_SCALE)
     return replace(
         recipe,
         data=tuple(config.data / file for file in SETS[set_name]),
@@ -184,11 +186,11 @@ def run_config(config: D4rlConfig, set_name: str, name: Name, seed: int, folder:
 
 def _play(folder: Path, episodes: int, preset: Preset, target: float | None) -> None:
     """Let the model of a run play in every way it can, and keep what came of it."""
-    model, saved = checkpoint.load(folder).model, checkpoint.read_config(folder)
+    model, facts = checkpoint.load(folder).model, decisions.facts(folder)
     assert isinstance(model, DecisionModel)
-    context, environment = decisions.read(folder).context, saved["environment"]
+    context, environment = decisions.read(folder).context, facts.environment
     if target is None and preset.asks_best:
-        target = saved["best_return"]
+        target = facts.best_return
     asked = decisions.target(folder, environment, target)
     ways: list[Way] = ["window"]
     if model.config.blocks.mixer not in (*GROWING, "none"):
@@ -226,9 +228,10 @@ def _done(config: D4rlConfig) -> Iterator[dict[str, Any]]:
             for path in sorted((config.runs / config.preset).glob(f"{set_name}-{name}-[0-9]*")):
                 if (path / "played.json").is_file():
                     saved, run = checkpoint.read_config(path), decisions.read(path)
+                    facts = decisions.facts(path)
                     played = json.loads((path / "played.json").read_text())
                     scores = {
-                        way: normalized(statistics.fmean(got["returns"]), saved["reference"])
+                        way: facts.score(statistics.fmean(got["returns"]), facts.environment)
                         for way, got in played["ways"].items()
                     }
                     model = checkpoint.build_model(path / "config.json", saved)
