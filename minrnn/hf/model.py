@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from minrnn import checkpoint
 from minrnn.data import tokenizers
+from minrnn.hf import adapters
 from minrnn.hf.cache import Part, StateCache
 from minrnn.hf.config import MinRNNConfig
 from minrnn.hf.padding import IGNORED, Tokens, find_tokens, group, spread
-from minrnn.models import LanguageModel
+from minrnn.models import LanguageModel, ModelConfig
 from minrnn.state import State
 
 
@@ -265,11 +266,19 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: the weights are damaged, or are not those of the configuration.
+            ImportError: the folder holds an adapter, and `peft` is not installed.
         """
         wanted = kwargs.pop("output_loading_info", False)
-        weights = Path(str(pretrained_model_name_or_path), checkpoint.WEIGHTS)
+        folder = Path(str(pretrained_model_name_or_path))
+        weights = folder / checkpoint.WEIGHTS
+        adapted = (folder / checkpoint.ADAPTER_CONFIG).is_file()
+        if adapted:
+            adapters.require_peft(folder)
         if weights.is_file():
-            checkpoint.read_tensors(weights)
+            tensors, notes = checkpoint.read_tensors(weights)
+            if adapted and "adapter" in notes:
+                model, found = cls._with_adapter(folder, tensors, notes, *args, **kwargs)
+                return (model, found) if wanted else model
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
@@ -283,6 +292,39 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{weights} does not fit its configuration: {what} {name}")
         return (model, found) if wanted else model
 
+    @classmethod
+    def _with_adapter(
+        cls,
+        folder: Path,
+        tensors: dict[str, Tensor],
+        notes: dict[str, Any],
+        *args: Any,
+        config: MinRNNConfig | None = None,
+        adapter_kwargs: object = None,
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        # transformers' own way from the adapter's file loses what it does not know, such as the
+        # magnitudes of DoRA; the names in `tensors` are those of the model with the adapter
+        adapters.check_weights(tensors, ModelConfig(**notes["model"]), adapted=True)
+        own = {adapters.plain_name(name): x for name, x in tensors.items()}
+        config = MinRNNConfig.from_pretrained(folder) if config is None else config
+        with torch.device("meta"):
+            names = LanguageModel(config.model_config).state_dict().keys()
+        loaded: Any = super().from_pretrained(
+            None,
+            *args,
+            config=config,
+            state_dict={name: own[name] for name in names},
+            output_loading_info=True,
+            **kwargs,
+        )
+        model, found = loaded
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+        name = notes["adapter"]
+        adapters.add_saved(model, folder, tensors, name)
+        return model, found
+
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         save_directory: str | os.PathLike[str],
@@ -293,6 +335,10 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write a run folder that `minrnn.load` opens too: one file of weights, with a checksum.
 
+        With an adapter (`add_adapter`) its two files in the format of PEFT are written too, beside
+        the weights of the model itself; `from_pretrained` opens both, and `minrnn.load` what
+        `merged` returns.
+
         Args:
             save_directory: made if missing; a model that is there already is replaced.
             is_main_process: only that of several processes writes.
@@ -302,7 +348,8 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             SaveError: the folder cannot be written to, or the disk is full.
-            ValueError: a training of minrnn has its run in the folder.
+            ValueError: a training of minrnn has its run in the folder; or `state_dict` has not the
+                weights of the configuration, such as those of a model inside a PeftModel.
         """
         if push_to_hub:
             raise ValueError("`push_to_hub` must be False, got True; call model.push_to_hub(name)")
@@ -318,8 +365,27 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
         if config.tie_word_embeddings:
             tensors["head.weight"] = tensors["embedding.weight"].clone()
+        adapted = self._has_adapter()
+        adapters.check_weights(tensors, config.model_config, adapted)
         folder = checkpoint.make_folder(save_directory)
+        if adapted:
+            notes["adapter"] = self.active_adapters()[0]
         # the weights first: they are all that `minrnn.load` reads
         checkpoint.write_tensors(folder / checkpoint.WEIGHTS, tensors, notes)
         checkpoint.write_config(folder, json.loads(config.to_json_string()))
         self.generation_config.save_pretrained(folder)
+        if adapted:
+            super().save_pretrained(folder, state_dict=tensors)
+
+    def _has_adapter(self) -> bool:
+        return getattr(self, "_hf_peft_config_loaded", False)
+
+    def merged(self) -> "MinRNNForCausalLM":
+        """A copy whose weights have the active adapter of `add_adapter` added.
+
+        Raises:
+            ValueError: there is no adapter.
+        """
+        if not self._has_adapter():
+            raise ValueError("`merged` needs an adapter of `add_adapter`, the model has none")
+        return adapters.merged(self)
