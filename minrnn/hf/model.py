@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from minrnn import checkpoint
@@ -16,6 +16,7 @@ from minrnn.data import tokenizers
 from minrnn.hf import adapters
 from minrnn.hf.cache import Part, StateCache
 from minrnn.hf.config import MinRNNConfig
+from minrnn.hf.generation import StateGenerationMixin
 from minrnn.hf.padding import IGNORED, Tokens, find_tokens, group, spread
 from minrnn.models import LanguageModel, ModelConfig
 from minrnn.state import State
@@ -33,18 +34,20 @@ class MinRNNOutput(ModelOutput):
     """With `use_cache`: the state after the last symbol of each row."""
 
 
-class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
+class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
     """A language model of minrnn, over any mixer, for transformers.
 
     Its folders are run folders: `minrnn.load` opens what `save_pretrained` writes, and
     `from_pretrained` opens what a training or `minrnn.save` wrote, with equal names of tensors.
-    Padding is never read: a row gives what it gives alone.
+    Padding is never read, wherever it is: a row gives what it gives alone. Assisted generation is
+    refused, as a state cannot go back.
 
     Args:
         config: the shape of the model, `vocab_size` >= 1.
 
     Raises:
-        ValueError: `vocab_size` is 0; on a call, shapes do not fit or the mask has holes.
+        ValueError: `vocab_size` is 0; on a call, shapes do not fit.
+        TypeError: on a call, `past_key_values` is another cache.
 
     Example:
         >>> model = MinRNNForCausalLM(MinRNNConfig(vocab_size=65, width=16)).eval()
@@ -57,7 +60,6 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
     config: MinRNNConfig
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
-    _is_stateful = True
     _no_split_modules = ["Block"]
     _tied_weights_keys = {"head.weight": "embedding.weight"}
 
@@ -111,11 +113,8 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
             if kwargs.get(name) is not None and position_ids is None:
                 raise ValueError(f"`{name}` must come with `position_ids`, which start sequences")
         x = self._embedded(input_ids, inputs_embeds)
-        if past_key_values is not None and past_key_values.batch_size != x.shape[0]:
-            raise ValueError(
-                f"`past_key_values` must have B = {x.shape[0]} rows, got "
-                f"{past_key_values.batch_size}"
-            )
+        if past_key_values is not None:
+            self._check_past(past_key_values, x.shape[0])
         pad_id = self.config.vocab_size
         tokens = find_tokens(attention_mask, input_ids, position_ids, x, pad_id)
         packed = tokens is not None and tokens.is_packed
@@ -168,6 +167,16 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
             items = torch.as_tensor(num_items_in_batch, device=logits.device)
             kwargs["num_items_in_batch"] = items * (counts[0] / counts[1])
         return self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
+
+    @staticmethod
+    def _check_past(past: StateCache, B: int) -> None:
+        if not isinstance(past, StateCache):
+            raise TypeError(
+                "`past_key_values` must be a StateCache, which an earlier call returned, got "
+                f"{type(past).__name__}"
+            )
+        if past.batch_size != B:
+            raise ValueError(f"`past_key_values` must have B = {B} rows, got {past.batch_size}")
 
     def _embedded(self, ids: Tensor | None, embedded: Tensor | None) -> Tensor:
         if (ids is None) == (embedded is None):
@@ -229,14 +238,6 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
                 outputs.append(spread(y, tokens.read[at]))
         order = torch.tensor([row for part in parts for row in part.rows], device=x.device)
         return torch.cat(outputs)[order.argsort()], StateCache(parts, length)
-
-    @staticmethod
-    def _reorder_cache(past: StateCache, beam_idx: Tensor) -> StateCache:
-        return past.select(beam_idx)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
