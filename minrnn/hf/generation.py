@@ -10,7 +10,6 @@ class StateGenerationMixin(GenerationMixin):
     """What transformers' `generate` asks of a model with a state."""
 
     config: PretrainedConfig
-    _is_stateful = True
 
     @staticmethod
     def _reorder_cache(past: StateCache, beam_idx: Tensor) -> StateCache:

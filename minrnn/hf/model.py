@@ -60,6 +60,8 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
     config: MinRNNConfig
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
+    # assisted generation is refused: a state cannot go back
+    _is_stateful = True
     _no_split_modules = ["Block"]
     _tied_weights_keys = {"head.weight": "embedding.weight"}
 
@@ -112,11 +114,12 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
         for name in ("seq_idx", "cu_seq_lens_q"):
             if kwargs.get(name) is not None and position_ids is None:
                 raise ValueError(f"`{name}` must come with `position_ids`, which start sequences")
-        x = self._embedded(input_ids, inputs_embeds)
+        given = _given(input_ids, inputs_embeds)
         if past_key_values is not None:
-            self._check_past(past_key_values, x.shape[0])
+            self._check_past(past_key_values, given.shape[0])
         pad_id = self.config.vocab_size
-        tokens = find_tokens(attention_mask, input_ids, position_ids, x, pad_id)
+        # all that depends on values is found before the first layer, for torch.compile
+        tokens = find_tokens(attention_mask, input_ids, position_ids, given, pad_id)
         packed = tokens is not None and tokens.is_packed
         if packed and (use_cache or past_key_values is not None):
             name = "use_cache" if use_cache else "past_key_values"
@@ -125,6 +128,8 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
             use_cache = labels is None and not self.training and not packed
         # what is recomputed in the backward pass gives no state
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
+        # the id of padding has no row in the embedding
+        x = given if input_ids is None else self.embedding(given.masked_fill(given == pad_id, 0))
         if use_cache or past_key_values is not None:
             y, cache = self._read_on(x, tokens, past_key_values)
         else:
@@ -178,25 +183,10 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
         if past.batch_size != B:
             raise ValueError(f"`past_key_values` must have B = {B} rows, got {past.batch_size}")
 
-    def _embedded(self, ids: Tensor | None, embedded: Tensor | None) -> Tensor:
-        if (ids is None) == (embedded is None):
-            raise ValueError(
-                "one of `input_ids` and `inputs_embeds` must be given, got both or none"
-            )
-        # the id of padding has no row in the embedding
-        padding = self.config.vocab_size
-        x = self.embedding(ids.masked_fill(ids == padding, 0)) if ids is not None else embedded
-        assert isinstance(x, Tensor)
-        if x.dim() != 3 or x.shape[1] < 1:
-            raise ValueError(
-                f"`input_ids` must have shape (B, T) with T >= 1, got {tuple(x.shape[:-1])}"
-            )
-        return x
-
     def _read(self, x: Tensor, tokens: Tokens | None) -> Tensor:
         """Run x (B, T, width) from the start, without the states after it."""
         if tokens is not None:
-            if not bool(tokens.seen.any()):
+            if not tokens.num_sequences:
                 return torch.zeros_like(x)
             # sequences as rows: all padding after them, where no token sees it
             return tokens.scatter(self._read(tokens.gather(x), None))
@@ -390,3 +380,17 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
         if not self._has_adapter():
             raise ValueError("`merged` needs an adapter of `add_adapter`, the model has none")
         return adapters.merged(self)
+
+
+def _given(ids: Tensor | None, embedded: Tensor | None) -> Tensor:
+    """Ids (B, T), or what stands for them (B, T, width)."""
+    if ids is not None and embedded is None:
+        given, dims = ids, 2
+    elif embedded is not None and ids is None:
+        given, dims = embedded, 3
+    else:
+        raise ValueError("one of `input_ids` and `inputs_embeds` must be given, got both or none")
+    if given.dim() != dims or given.shape[1] < 1:
+        name, sizes = ("input_ids", "(B, T)") if dims == 2 else ("inputs_embeds", "(B, T, width)")
+        raise ValueError(f"`{name}` must have shape {sizes} with T >= 1, got {tuple(given.shape)}")
+    return given

@@ -25,32 +25,28 @@ class Tokens:
         self.read = seen.cumsum(1)
         self.starts = seen & (self.read == 1)
         if starts is not None:
-            self.starts |= seen & starts
-
-    @property
-    def is_packed(self) -> bool:
-        """A row has more than one sequence."""
-        return bool((self.starts.sum(1) > 1).any())
+            self.starts = self.starts | (seen & starts)
+        # the sequence of each token, and its step there
+        first = self.starts[seen]
+        self._sequence = first.cumsum(0) - 1
+        steps = torch.arange(len(first), device=seen.device)
+        self._step = steps - steps[first][self._sequence]
+        self.num_sequences = int(first.sum())
+        self._longest = int(self._step.max()) + 1 if len(first) else 0
+        # a row has more than one
+        self.is_packed = self.num_sequences > int(seen.any(1).sum())
 
     def gather(self, x: Tensor) -> Tensor:
         """The sequences of x (B, T, D) as rows (S, L, D), with zeros after the shorter ones."""
-        sequence, step = self._places()
-        size = (int(sequence[-1]) + 1, int(step.max()) + 1, x.shape[-1])
-        return x.new_zeros(size).index_put((sequence, step), x[self.seen])
+        rows = x.new_zeros(self.num_sequences, self._longest, x.shape[-1])
+        return rows.index_put((self._sequence, self._step), x[self.seen])
 
     def scatter(self, y: Tensor) -> Tensor:
         """The inverse of `gather`; a step of padding has what the last token before it has."""
         # (number of tokens, D)
-        flat = y[self._places()]
+        flat = y[self._sequence, self._step]
         last = self.seen.flatten().cumsum(0).view_as(self.seen) - 1
         return _blank(flat[last.clamp(min=0)], self.read == 0)
-
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """The sequence of each token, and its step there."""
-        starts = self.starts[self.seen]
-        sequence = starts.cumsum(0) - 1
-        first = starts.nonzero()[:, 0]
-        return sequence, torch.arange(len(starts), device=first.device) - first[sequence]
 
     def targets(self, labels: Tensor) -> Tensor:
         """`labels` (B, T) without those of padding and those of tokens that nothing predicts."""
@@ -58,28 +54,28 @@ class Tokens:
 
 
 def find_tokens(
-    mask: Tensor | None, ids: Tensor | None, positions: Tensor | None, x: Tensor, pad_id: int
+    mask: Tensor | None, ids: Tensor | None, positions: Tensor | None, like: Tensor, pad_id: int
 ) -> Tokens | None:
-    """The tokens of a batch x (B, T, width); None if every step is one, in one sequence a row.
+    """The tokens of a batch; None if every step is one, in one sequence a row.
 
     Args:
         mask: (B, T) or more, of which the last T count: 0 for padding.
         ids: (B, T) or None; `pad_id` is padding whatever the mask says.
         positions: (B, T) or (1, T), or None; a token at 0 starts a sequence.
-        x: the embedded batch.
+        like: (B, T) or (B, T, width), the batch.
         pad_id: the id of padding.
 
     Raises:
         ValueError: a shape does not fit.
     """
-    B, T, _ = x.shape
-    seen = torch.ones(B, T, dtype=torch.bool, device=x.device)
+    B, T = like.shape[:2]
+    seen = torch.ones(B, T, dtype=torch.bool, device=like.device)
     if mask is not None:
         if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] < T:
             raise ValueError(
                 f"`attention_mask` must have shape (B, T) = ({B}, {T}), got {tuple(mask.shape)}"
             )
-        seen = mask[:, -T:].bool().to(x.device)
+        seen = mask[:, -T:].bool().to(like.device)
     if ids is not None:
         seen = seen & (ids != pad_id)
     starts = None
@@ -88,7 +84,7 @@ def find_tokens(
             raise ValueError(
                 f"`position_ids` must have shape (B, T) = ({B}, {T}), got {tuple(positions.shape)}"
             )
-        starts = (positions == 0).to(x.device).expand(B, T)
+        starts = (positions == 0).to(like.device).expand(B, T)
     if bool(seen.all()) and (starts is None or not bool(starts[:, 1:].any())):
         return None
     return Tokens(seen, starts)
