@@ -3,11 +3,11 @@
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from minrnn.checkpoint import ADAPTER_CONFIG
 from minrnn.models import LanguageModel, ModelConfig
@@ -93,7 +93,8 @@ def merged(model: "MinRNNForCausalLM") -> "MinRNNForCausalLM":
     from peft import get_peft_model
 
     name = model.active_adapters()[0]
-    base = type(model)(copy.deepcopy(model.config)).to(model.device, model.dtype)
+    base: Any = type(model)(copy.deepcopy(model.config))
+    base.to(model.device, model.dtype)
     base.generation_config = copy.deepcopy(model.generation_config)
     options = copy.deepcopy(model.peft_config[name])
     options.base_model_name_or_path = None

@@ -1,15 +1,15 @@
 """`generate` over states in the place of keys and values, with a padding id outside of V."""
 
+from typing import Any
+
 from torch import Tensor
-from transformers import GenerationMixin, PretrainedConfig
+from transformers import GenerationMixin
 
 from minrnn.hf.cache import StateCache
 
 
 class StateGenerationMixin(GenerationMixin):
     """What transformers' `generate` asks of a model with a state."""
-
-    config: PretrainedConfig
 
     @staticmethod
     def _reorder_cache(past: StateCache, beam_idx: Tensor) -> StateCache:
@@ -40,5 +40,6 @@ class StateGenerationMixin(GenerationMixin):
         # padding has no score: its id is the first after those of the tokens
         padding = sequences >= scores[0].shape[-1]
         known = sequences.masked_fill(padding, 0)
-        found = super().compute_transition_scores(known, scores, beam_indices, normalize_logits)
+        mixin: Any = super()
+        found = mixin.compute_transition_scores(known, scores, beam_indices, normalize_logits)
         return found.masked_fill(padding[:, -found.shape[1] :], 0.0)

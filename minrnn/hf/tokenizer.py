@@ -86,7 +86,8 @@ class MinRNNTokenizer(PreTrainedTokenizerFast):
     @contextlib.contextmanager
     def _padding_hidden(self, *texts: Any) -> Iterator[None]:
         """Read the texts with a name of padding that is in none of them."""
-        kept, added = self._tokenizer, self._tokenizer.get_added_tokens_decoder()
+        kept: Any = self._tokenizer
+        added = kept.get_added_tokens_decoder()
         name = added[self.vocab_size].content if self.vocab_size in added else ""
         roles = [x for role, x in self.special_tokens_map.items() if role != "pad_token"]
         rows = list(_strings(texts))
