@@ -95,7 +95,7 @@ def test_a_model_with_an_adapter_opens(kind: str, saved_base: bool, tmp_path) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_peft_model_goes_all_ways(kind: str, tmp_path) -> None:
+def test_a_peft_model_round_trips(kind: str, tmp_path) -> None:
     model = peft.get_peft_model(_base(tmp_path / "base"), _options(kind))
     expected = _drawn(model)
     inner = model.get_base_model()
@@ -168,7 +168,7 @@ def _trainer(base: Path, folder: Path, native: bool) -> Trainer:
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_checkpoints_of_trainer_open_and_go_on(native: bool, tmp_path) -> None:
+def test_checkpoints_of_trainer_open_and_resume(native: bool, tmp_path) -> None:
     base = _base(tmp_path / "base")
     first = _trainer(tmp_path / "base", tmp_path / "run", native)
     first.train()

@@ -109,7 +109,7 @@ def test_rows_are_what_they_are_alone(mixer: str, options: dict[str, object]) ->
 
 
 @pytest.mark.parametrize("mixer", ["mingru", "attention"])
-def test_a_chat_goes_on_from_the_states_of_rows_that_ended(mixer: str) -> None:
+def test_a_chat_continues_from_the_states_of_rows_that_ended(mixer: str) -> None:
     model = _model(mixer)
     batch = FAST(PROMPTS, padding=True, return_tensors="pt")
     options = _ending_after(model, [2, 9, 4, 9])

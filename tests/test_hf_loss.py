@@ -127,7 +127,7 @@ def test_packed_rows_do_not_see_each_other(mixer: str) -> None:
     twice = torch.cat([torch.ones(1, 2, dtype=torch.long), positions], dim=1)
     found = model(both, position_ids=twice, labels=both)
     assert found.loss.item() == pytest.approx(_mean(model), rel=1e-6)
-    # one sequence a row is none that is packed, and goes on from a state
+    # positions of one sequence a row change nothing
     whole = model(ids, position_ids=torch.arange(ids.shape[1])[None])
     assert whole.logits.equal(model(ids).logits)
 

@@ -114,12 +114,12 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
         for name in ("seq_idx", "cu_seq_lens_q"):
             if kwargs.get(name) is not None and position_ids is None:
                 raise ValueError(f"`{name}` must come with `position_ids`, which start sequences")
-        given = _given(input_ids, inputs_embeds)
+        inputs = _inputs(input_ids, inputs_embeds)
         if past_key_values is not None:
-            self._check_past(past_key_values, given.shape[0])
+            self._check_past(past_key_values, inputs.shape[0])
         pad_id = self.config.vocab_size
         # all that depends on values is found before the first layer, for torch.compile
-        tokens = find_tokens(attention_mask, input_ids, position_ids, given, pad_id)
+        tokens = find_tokens(attention_mask, input_ids, position_ids, inputs, pad_id)
         packed = tokens is not None and tokens.is_packed
         if packed and (use_cache or past_key_values is not None):
             name = "use_cache" if use_cache else "past_key_values"
@@ -129,7 +129,7 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
         # what is recomputed in the backward pass gives no state
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
         # the id of padding has no row in the embedding
-        x = given if input_ids is None else self.embedding(given.masked_fill(given == pad_id, 0))
+        x = inputs if input_ids is None else self.embedding(inputs.masked_fill(inputs == pad_id, 0))
         if use_cache or past_key_values is not None:
             y, cache = self._read_on(x, tokens, past_key_values)
         else:
@@ -382,15 +382,15 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
         return adapters.merged(self)
 
 
-def _given(ids: Tensor | None, embedded: Tensor | None) -> Tensor:
+def _inputs(ids: Tensor | None, embedded: Tensor | None) -> Tensor:
     """Ids (B, T), or what stands for them (B, T, width)."""
     if ids is not None and embedded is None:
-        given, dims = ids, 2
+        inputs, dims = ids, 2
     elif embedded is not None and ids is None:
-        given, dims = embedded, 3
+        inputs, dims = embedded, 3
     else:
         raise ValueError("one of `input_ids` and `inputs_embeds` must be given, got both or none")
-    if given.dim() != dims or given.shape[1] < 1:
+    if inputs.dim() != dims or inputs.shape[1] < 1:
         name, sizes = ("input_ids", "(B, T)") if dims == 2 else ("inputs_embeds", "(B, T, width)")
-        raise ValueError(f"`{name}` must have shape {sizes} with T >= 1, got {tuple(given.shape)}")
-    return given
+        raise ValueError(f"`{name}` must have shape {sizes} with T >= 1, got {tuple(inputs.shape)}")
+    return inputs
