@@ -6,6 +6,9 @@ LEFT_OUT = [
     "minrnn/hf",
     "tests/test_datasets.py",
     "tests/test_hf.py",
+    "tests/test_hf_adapters.py",
+    "tests/test_hf_generate.py",
+    "tests/test_hf_loss.py",
     "tests/test_hf_tokenizer.py",
     "tests/test_hf_use.py",
 ]

@@ -34,6 +34,8 @@ from minrnn.models import LanguageModel, ModelConfig
 
 FORMAT = "minrnn.run/1"
 WEIGHTS = "model.safetensors"
+# of an adapter of PEFT, which lies beside the model that it belongs to or alone
+ADAPTER_CONFIG = "adapter_config.json"
 _CONFIG = "config.json"
 # what opens a language model by `transformers.AutoModelForCausalLM`: see `minrnn.hf`
 _FOR_TRANSFORMERS = {"model_type": "minrnn", "architectures": ["MinRNNForCausalLM"]}
@@ -111,9 +113,14 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
         FileNotFoundError: the folder is none, or has no weights yet.
-        ValueError: a file in it is truncated or altered.
+        ValueError: a file in it is truncated or altered, or it holds an adapter of PEFT.
     """
     folder = Path(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"`folder` must hold a model, {folder} holds an adapter of PEFT, which belongs to one: "
+            "save AutoModelForCausalLM.from_pretrained(folder).merged() and load that"
+        )
     weights = folder / WEIGHTS
     if not weights.is_file():
         read_config(folder)
@@ -184,7 +191,9 @@ def read_decision_config(fields: Mapping[str, Any]) -> DecisionConfig:
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json`."""
+    """Write `config.json`, of a model whose weights are written: an adapter there is another's."""
+    for name in (ADAPTER_CONFIG, "adapter_model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
     known = {"format": FORMAT} | (_FOR_TRANSFORMERS if "model" in config else {})
     content = json.dumps(known | dict(config), ensure_ascii=False, indent=1)
     _write(folder / _CONFIG, (content + "\n").encode("utf-8"))

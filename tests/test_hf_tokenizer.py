@@ -95,3 +95,48 @@ def test_unknown_characters_and_missing_tokenizers_are_named(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="must be of kind 'characters', 'bytes' or 'bpe'"):
         MinRNNTokenizer.from_pretrained(tmp_path)
+
+
+def test_added_tokens_are_read_and_padding_is_not(ours: Tokenizer, tmp_path) -> None:
+    fast = MinRNNTokenizer(ours, eos_token="<eos>")
+    fast.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    fast.add_tokens(["word"])
+    size = ours.vocab_size
+    # padding has the first id, whatever else is added
+    assert (fast.pad_token_id, fast.eos_token_id, len(fast)) == (size, size + 1, size + 4)
+    assert fast("<eos>word<tool>")["input_ids"] == [size + 1, size + 3, size + 2]
+    parts = [ours.encode(text).tolist() for text in ("<pad>", MIXED)]
+    expected = [*parts[0], size + 1, *parts[1], size + 2]
+    text = f"<pad><eos>{MIXED}<tool>"
+    fast.save_pretrained(tmp_path)
+    for each in (fast, MinRNNTokenizer.from_pretrained(tmp_path)):
+        assert each(text)["input_ids"] == expected
+        assert each.tokenize(text) == each.convert_ids_to_tokens(expected)
+        assert each.decode(expected) == text
+        assert each.decode(expected, skip_special_tokens=True) == f"<pad>{MIXED}"
+        batch = each([text, "<eos>"], padding=True)["input_ids"]
+        assert batch == [expected, [size] * (len(expected) - 1) + [size + 1]]
+        assert each(MIXED)["input_ids"] == parts[1]
+
+
+def test_special_tokens_may_be_read_as_text(ours: Tokenizer) -> None:
+    fast = MinRNNTokenizer(ours, eos_token="z<p")
+    ids = ours.encode(MIXED).tolist()
+    assert fast(MIXED, split_special_tokens=True)["input_ids"] == ids
+    assert fast(MIXED)["input_ids"] != ids
+    # as many do who have no token for padding
+    fast.pad_token = fast.eos_token
+    assert fast("z<pad>")["input_ids"] == [ours.vocab_size + 1, *ours.encode("ad>").tolist()]
+    both = MinRNNTokenizer(ours, eos_token="<eos>", pad_token="<eos>")
+    assert both("<eos>")["input_ids"] == [both.pad_token_id] == [ours.vocab_size]
+
+
+def test_an_unknown_character_beside_an_added_token_is_named() -> None:
+    fast = MinRNNTokenizer(Characters("abc"), eos_token="<eos>")
+    assert fast("a<eos>")["input_ids"] == [0, 4]
+    with pytest.raises(ValueError, match=r"character 'é' \(U\+00E9\) is not among the 3 "):
+        fast("<eos>é")
+    with pytest.raises(ValueError, match=r"character '<' \(U\+003C\) is not among the 3 "):
+        fast("a<eos>", split_special_tokens=True)
+    with pytest.raises(ValueError, match=r"character '<' \(U\+003C\) is not among the 3 "):
+        fast("a<pad>")

@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
+    DynamicCache,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -45,7 +46,7 @@ def test_memory_is_the_same_after_10_and_200_tokens(mixer: str) -> None:
 
 @pytest.mark.parametrize("mixer", ["mingru", "mamba", *GROWING])
 def test_a_text_goes_on_from_its_states(mixer: str) -> None:
-    model = for_transformers(language_model(mixer))
+    model = for_transformers(language_model(mixer)).double()
     first = FAST(PROMPTS, padding=True, return_tensors="pt")
     found = model.generate(**first, max_new_tokens=5, return_dict_in_generate=True)
     # the last symbol that was drawn is not read yet
@@ -66,7 +67,7 @@ def test_rows_are_padded_anew_in_each_piece(mixer: str) -> None:
     model = for_transformers(language_model(mixer)).double()
     first, second = torch.randint(10, (3, 4)), torch.randint(10, (3, 5))
     masks = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
-    more = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 1, 1, 0]])
+    more = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 0, 1, 0]])
     cache = model(first, masks).past_key_values
     both = model(second, torch.cat([masks, more], dim=1), past_key_values=cache)
     for row in range(3):
@@ -154,16 +155,15 @@ def test_wrong_inputs_are_named() -> None:
         ({"input_ids": ids[0]}, r"shape \(B, T\) with T >= 1, got \(4,\)"),
         ({"input_ids": ids, "attention_mask": mask[:, 1:]}, r"\(2, 4\), got \(2, 3\)"),
         ({"input_ids": ids, "attention_mask": mask[:1]}, r"\(2, 4\), got \(1, 4\)"),
-        (
-            {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]])},
-            r"ones without a gap in each row, got \[1, 0, 1, 1\]",
-        ),
+        ({"inputs_embeds": ids}, r"`inputs_embeds` must have shape .* got \(2, 4\)"),
         ({"input_ids": ids[:1], "past_key_values": cache}, "must have B = 1 rows, got 2"),
         ({"input_ids": ids, "output_attentions": True}, "`output_attentions` must be False"),
         ({"input_ids": ids, "output_hidden_states": True}, "`output_hidden_states` must be Fal"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**arguments)
+    with pytest.raises(TypeError, match=r"must be a StateCache, .* got DynamicCache"):
+        model(ids, past_key_values=DynamicCache())
     growing = for_transformers(language_model("attention"))
     parts = growing(ids, torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])).past_key_values
     with pytest.raises(ValueError, match="`state` must be of one shape, the rows have 2"):
@@ -180,6 +180,12 @@ def test_wrong_configurations_and_folders_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"`config\.vocab_size` must be >= 1, got 0"):
         MinRNNForCausalLM(MinRNNConfig())
     model = for_transformers(language_model())
+    other = {name: x for name, x in model.state_dict().items() if name != "norm.weight"}
+    for weights in (other, other | {"norm.weight": torch.zeros(3)}, model.state_dict() | other):
+        if "norm.weight" in weights and weights["norm.weight"].shape == (16,):
+            weights["norm.bias"] = torch.zeros(16)
+        with pytest.raises(ValueError, match=r"have the weights .*: norm\.(weight|bias) must have"):
+            model.save_pretrained(tmp_path / "not", state_dict=weights)
     with pytest.raises(ValueError, match=r"`push_to_hub` must be False, got True; call model\.pu"):
         model.save_pretrained(tmp_path, push_to_hub=True)
     model.save_pretrained(tmp_path / "not", is_main_process=False)
