@@ -127,7 +127,8 @@ UNTRANSLATED = """
 import torch, minrnn
 x = torch.randn(7, 3, 4)
 for module, x in ((minrnn.MinLSTM(4, 5), x), (minrnn.MinGRUCell(4, 5), x[0])):
-    for model, dynamo in ((module, True), (torch.export.export(module, (x,)), True), (module, False)):
+    program = torch.export.export(module, (x,))
+    for model, dynamo in ((module, True), (program, True), (module, False)):
         try:
             torch.onnx.export(model, (x,), "model.onnx", dynamo=dynamo, verbose=False)
         except Exception as error:
@@ -136,7 +137,7 @@ for module, x in ((minrnn.MinLSTM(4, 5), x), (minrnn.MinGRUCell(4, 5), x[0])):
 
 
 def test_an_export_that_lacks_the_translations_names_them(tmp_path: Path) -> None:
-    """The new exporter, of a module and of a program, and that of before: no file, and what to do."""
+    """Of a module, of a program, and of a trace: no file, and a message that says what to do."""
     assert python(UNTRANSLATED, cwd=tmp_path).stdout == "True\n" * 6
     assert list(tmp_path.iterdir()) == []
 

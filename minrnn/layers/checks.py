@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minrnn.ops.checks import check_tensor
 
@@ -14,6 +14,15 @@ _CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 class SizeError(ValueError, RuntimeError):
     """A tensor does not fit: a ValueError, and the RuntimeError that torch's layers raise."""
+
+
+def fx_module_name(module: nn.Module) -> str:
+    """The `__module__` of an object that torch.fx makes a leaf of its graphs, as nn.GRU is one.
+
+    By default a Tracer traces into what does not name torch.nn as its module. The class keeps its
+    own name, which is the one that pickle reads.
+    """
+    return f"torch.nn ({type(module).__module__})"
 
 
 def check_sizes(sizes: dict[str, int], at_least: int = 1) -> None:

@@ -17,6 +17,7 @@ from minrnn.layers.checks import (
     check_options,
     check_packed,
     check_state_kind,
+    fx_module_name,
 )
 from minrnn.layers.packed import EndToEnd, num_sequences
 from minrnn.ops.checks import check_candidate, check_tensor
@@ -48,6 +49,7 @@ class Stack(nn.Module):
         learn_h0: bool = False,
     ) -> None:
         super().__init__()
+        self.__module__ = fx_module_name(self)
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
         check_options(sizes, bias, batch_first, dropout, proj_size)
         if dropout and num_layers == 1:
