@@ -46,14 +46,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any] | Sequence[Cal
         >>> len(program.model.graph.outputs)
         2
     """
-    ops = torch.ops.minrnn
-    return {
-        ops.scan.default: _scan,
-        ops.mingru.default: _mingru,
-        ops.minlstm.default: _minlstm,
-        ops.mingru_fused.default: _mingru_fused,
-        ops.minlstm_fused.default: _minlstm_fused,
-    }
+    return {**_TRANSLATIONS}
 
 
 # Arguments as in the operators' schemas; the last three are reset, cu_seqlens, reverse.
@@ -194,5 +187,12 @@ def _step(dtype: ir.DataType, num_inputs: int) -> ir.Graph:
     return ir.Graph(inputs, [after, h], nodes=nodes, name="step")
 
 
-for _operator, _translation in translations().items():
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.minrnn.scan.default: _scan,
+    torch.ops.minrnn.mingru.default: _mingru,
+    torch.ops.minrnn.minlstm.default: _minlstm,
+    torch.ops.minrnn.mingru_fused.default: _mingru_fused,
+    torch.ops.minrnn.minlstm_fused.default: _minlstm_fused,
+}
+for _operator, _translation in _TRANSLATIONS.items():
     onnx_impl(_operator, no_compile=True)(_translation)

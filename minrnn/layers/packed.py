@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minrnn.ops.transforms import is_jit_tracing
+
 
 class EndToEnd(NamedTuple):
     """How S rows of packed data and of N sequences end to end correspond."""
@@ -46,7 +48,7 @@ class EndToEnd(NamedTuple):
 
 def num_sequences(batch_sizes: Tensor) -> Any:
     """N, an int; while torch.jit traces, a tensor, or every later call would have the first N."""
-    return batch_sizes[0] if torch.jit.is_tracing() else int(batch_sizes[0])
+    return batch_sizes[0] if is_jit_tracing() else int(batch_sizes[0])
 
 
 class _Permute(torch.autograd.Function):
@@ -70,7 +72,7 @@ class _Permute(torch.autograd.Function):
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Rows `order` of `x`, each once; `inverse` is the way back."""
-    if torch.jit.is_tracing():
+    if is_jit_tracing():
         # a trace with Python in it cannot be saved
         return x.index_select(0, order)
     return _Permute.apply(x, order, inverse)

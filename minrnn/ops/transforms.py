@@ -23,9 +23,14 @@ functions: dict[str, type[torch.autograd.Function]] = {}
 formulas: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
 
 
+def is_jit_tracing() -> bool:
+    """torch.jit.trace records what runs: numbers that Python reads become constants."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def call(name: str, *args: Any) -> Any:
     """`torch.ops.minrnn.name`, whatever transform is active."""
-    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+    if is_jit_tracing() and torch.onnx.is_in_onnx_export():
         raise NotImplementedError(f"torch.onnx.export with dynamo=False {_UNTRANSLATED}")
     if not torch._C._are_functorch_transforms_active():
         return getattr(torch.ops.minrnn, name)(*args)
@@ -37,9 +42,9 @@ def call(name: str, *args: Any) -> Any:
 
 def _functionalizes() -> bool:
     """`torch.func.functionalize` is one of the active transforms."""
-    functionalize = torch._C._functorch.TransformType.Functionalize
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    return any(level.key() == functionalize for level in levels)
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    functionalize, levels = functorch.TransformType.Functionalize, functorch.get_interpreter_stack()
+    return any(level.key() == functionalize for level in levels or [])
 
 
 def check_export() -> None:
