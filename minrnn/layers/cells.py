@@ -13,6 +13,7 @@ from minrnn.layers.checks import (
     check_input,
     check_sizes,
     check_state_kind,
+    fx_module_name,
 )
 from minrnn.layers.stack import bounds
 from minrnn.ops.checks import check_candidate, check_tensor
@@ -32,6 +33,7 @@ class _Cell(nn.Module):
         candidate: str = "g",
     ) -> None:
         super().__init__()
+        self.__module__ = fx_module_name(self)
         check_sizes({"input_size": input_size, "hidden_size": hidden_size})
         check_candidate(candidate)
         self.input_size, self.hidden_size = input_size, hidden_size

@@ -4,27 +4,58 @@ Operators registered with a Python gradient do not take part in torch's function
 `torch.autograd.Function` with `setup_context` does. So there is one for each operator, used while
 a transform is active and at no other time. Its gradient is the formula in pure torch, which rests
 on `scan` and can be transformed again; its batching rule lays the new axis along the batch, or
-along the sequences that `cu_seqlens` bounds.
+along the sequences that `cu_seqlens` bounds. Where torch.compile traces a transform, it traces the
+operator in pure torch.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_UNTRANSLATED = (
+    "does not know minrnn's operators: `import minrnn.onnx` and export with dynamo=True, "
+    "custom_translation_table=minrnn.onnx.translations()"
+)
 functions: dict[str, type[torch.autograd.Function]] = {}
+formulas: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+
+
+def is_jit_tracing() -> bool:
+    """torch.jit.trace records what runs: numbers that Python reads become constants."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def call(name: str, *args: Any) -> Any:
     """`torch.ops.minrnn.name`, whatever transform is active."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if is_jit_tracing() and torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(f"torch.onnx.export with dynamo=False {_UNTRANSLATED}")
+    if not torch._C._are_functorch_transforms_active():
         return getattr(torch.ops.minrnn, name)(*args)
+    if torch.compiler.is_compiling() or _functionalizes():
+        # neither knows the gradient and the batching rule of a function
+        return formulas[name](*args)
     return functions[name].apply(*args)
+
+
+def _functionalizes() -> bool:
+    """`torch.func.functionalize` is one of the active transforms."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    functionalize, levels = functorch.TransformType.Functionalize, functorch.get_interpreter_stack()
+    return any(level.key() == functionalize for level in levels or [])
+
+
+def check_export() -> None:
+    """torch.onnx.export, if it runs, knows the operators: see `minrnn.onnx`."""
+    if torch.onnx.is_in_onnx_export() and "minrnn.onnx" not in sys.modules:
+        raise NotImplementedError(f"torch.onnx.export {_UNTRANSLATED}")
 
 
 def define(
     name: str,
+    formula: Callable[..., tuple[Tensor, ...]],
     num_gates: int,
     setup: Callable[..., None],
     gradient: Callable[..., tuple[Tensor | None, ...]],
@@ -34,6 +65,7 @@ def define(
 
     Args:
         name: of the operator.
+        formula: the operator in pure torch, which every transform can trace.
         num_gates: how many tensors (B, T, ...) it begins with.
         setup: saves what the gradient needs, as for `torch.library.register_autograd`.
         gradient: of every argument, from (ctx, dh, dh_T), likewise; can be transformed itself.
@@ -58,7 +90,7 @@ def define(
             sizes = (info.batch_size, -1)
             return (h.unflatten(axis, sizes), h_T.unflatten(0, sizes)), (axis, 0)
 
-    functions[name] = Function
+    functions[name], formulas[name] = Function, formula
 
 
 def _first(x: Any, dim: int | None, size: int) -> Any:
