@@ -16,13 +16,16 @@ from minrnn.layers.checks import (
     check_input,
     check_options,
     check_packed,
+    check_placement,
     check_state_kind,
 )
 from minrnn.layers.packed import EndToEnd
+from minrnn.layers.rnn_base import RNNBaseInterface
+from minrnn.layers.states import returned, writable
 from minrnn.ops.checks import check_candidate, check_tensor
 
 
-class Stack(nn.Module):
+class Stack(RNNBaseInterface):
     """Layers of one recurrence, each one fused projection and one operator for each direction."""
 
     num_gates: int
@@ -40,16 +43,18 @@ class Stack(nn.Module):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        proj_size: int = 0,
         candidate: str = "g",
         learn_h0: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        check_options(sizes, bias, batch_first, dropout, proj_size)
+        flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+        check_options(sizes, flags | {"learn_h0": learn_h0}, dropout, proj_size)
+        check_placement(device, dtype)
         if dropout and num_layers == 1:
             warnings.warn(
                 f"`dropout` acts between layers: {dropout} does nothing with `num_layers` = 1",
@@ -83,15 +88,6 @@ class Stack(nn.Module):
         states = self.num_layers * self._num_directions
         self.h_0 = weight(states, self.hidden_size) if self.learn_h0 else None
 
-    @property
-    def _num_directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    def _suffixes(self) -> list[str]:
-        """Of the weights, in the order of the states: layer by layer, forward before reverse."""
-        ends = ("", "_reverse")[: self._num_directions]
-        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
-
     def reset_parameters(self) -> None:
         """Draw each weight uniformly within 1 / sqrt(its fan-in), biases likewise; h_0 is zero."""
         for suffix in self._suffixes():
@@ -105,9 +101,6 @@ class Stack(nn.Module):
                 nn.init.uniform_(projection, *bounds(self.hidden_size))
         if self.h_0 is not None:
             nn.init.zeros_(self.h_0)
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: torch.nn.GRU has this for cuDNN, and code written for it calls it."""
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
@@ -174,6 +167,7 @@ class Stack(nn.Module):
             reset = None if reset is None else reset.unsqueeze(batch_axis)
         h0 = self._first_states(hx, input, input.shape[batch_axis], unbatched)
         y, h_n = self._layers(weights, input, h0, reset, None, not self.batch_first)
+        y, h_n = writable(y), returned(h_n, input, hx)
         return (y.squeeze(batch_axis), h_n.squeeze(1)) if unbatched else (y, h_n)
 
     def _run_packed(
@@ -197,6 +191,7 @@ class Stack(nn.Module):
                 raise ValueError("`reset` must be packed like `input`, a bool for each step")
             starts = layout.lay_out(reset.data)
         y, h_n = self._layers(weights, layout.lay_out(data), h0, starts, layout.cu_seqlens, False)
+        h_n = returned(h_n, data, hx)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
         return PackedSequence(layout.pack(y), batch_sizes, sorted_indices, unsorted_indices), h_n
