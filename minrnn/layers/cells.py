@@ -61,6 +61,8 @@ class _Cell(nn.Module):
 
     def _step(self, input: Tensor, hx: Tensor | None) -> Tensor:
         check_tensor("input", input)
+        if input.is_nested:
+            raise ValueError("`input` must not be nested: a cell takes one step of each row")
         if input.dim() not in (1, 2):
             raise ValueError(f"`input` must have 1 or 2 dimensions, got shape {tuple(input.shape)}")
         # read once: with a parametrization each reading computes it

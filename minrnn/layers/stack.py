@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from minrnn import distributed
+from minrnn.layers import nested
 from minrnn.layers.checks import (
     SizeError,
     check_input,
@@ -153,6 +154,8 @@ class Stack(RNNBaseInterface):
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, reset)
         check_tensor("input", input)
+        if input.is_nested:
+            return self._run_nested(input, hx, reset)
         if input.dim() not in (2, 3):
             raise ValueError(f"`input` must have 2 or 3 dimensions, got shape {tuple(input.shape)}")
         sizes = "T" if input.dim() == 2 else "B, T" if self.batch_first else "T, B"
@@ -195,6 +198,20 @@ class Stack(RNNBaseInterface):
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
         return PackedSequence(layout.pack(y), batch_sizes, sorted_indices, unsorted_indices), h_n
+
+    def _run_nested(self, input: Tensor, hx: Tensor | None, reset: Any) -> tuple[Tensor, Tensor]:
+        if self.time_group is not None:
+            raise ValueError("`input` must not be nested where processes share its time")
+        data, cu_seqlens = nested.end_to_end(input)
+        weights = self._weights()
+        check_input(data, weights[0][0], "(B, T, input_size)")
+        h0 = self._first_states(hx, data, input.shape[0], unbatched=False)
+        starts = None if reset is None else nested.resets(reset, cu_seqlens)[None]
+        if not len(data):
+            # nothing to start
+            starts = None
+        y, h_n = self._layers(weights, data[None], h0, starts, cu_seqlens, False)
+        return nested.nest(writable(y)[0], cu_seqlens), returned(h_n, data, hx)
 
     def _weights(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
         """Weight, bias and projection of each layer and direction.
