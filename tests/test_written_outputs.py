@@ -46,8 +46,8 @@ def test_a_state_has_the_dtype_of_the_one_before(layer: type, dtype: torch.dtype
         exact, short = _first(module(x, zeros)[1]), _first(module(x)[1])
         assert exact.dtype == torch.float32
         assert short.dtype == dtype
-        assert torch.equal(exact.to(dtype), short)
-        assert torch.equal(_first(module(x, zeros.to(dtype))[1]), short)
+        torch.testing.assert_close(exact.to(dtype), short)
+        torch.testing.assert_close(_first(module(x, zeros.to(dtype))[1]), short)
 
 
 @LAYERS
