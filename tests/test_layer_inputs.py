@@ -163,6 +163,45 @@ def test_packed_input_under_autocast_and_transforms(layer: type) -> None:
     torch.testing.assert_close(tuple(grads.values()), wanted)
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "cell"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("autocast", HALVES)
+def test_states_of_any_cast_dtype_under_autocast(
+    autocast: torch.dtype, dtype: torch.dtype, kind: str
+) -> None:
+    """An encoder's projection, the last state of a packed call, zeros: whatever autocast casts."""
+    for name in (MinGRUCell, MinLSTMCell) if kind == "cell" else (MinGRU, MinLSTM):
+        module = name(4, 5)
+        x = torch.randn(3, 4) if kind == "cell" else _input(kind, False)
+        sizes = {"unbatched": (1, 5), "cell": (3, 5)}.get(kind, (1, 3, 5))
+        hx = torch.rand(sizes).to(dtype).requires_grad_()
+        wanted = _first(_last(module(x, hx.float())))
+        # mixed pairs too, with a lone state
+        zeros = torch.zeros(sizes)
+        pairs = [(hx, hx), (zeros, hx), (zeros.bfloat16(), hx), (hx, zeros)]
+        for state in [hx, *(pairs if name in (MinLSTM, MinLSTMCell) else [])]:
+            with torch.autocast("cpu", dtype=autocast):
+                last = _first(_last(module(x, state)))
+            torch.testing.assert_close(last.float(), wanted, rtol=0.03, atol=0.03)
+            (grad,) = torch.autograd.grad(last.sum(), hx)
+            assert grad.dtype == dtype
+            assert grad.abs().max() > 0
+        with (
+            torch.autocast("cpu", dtype=autocast),
+            pytest.raises(ValueError, match=r"`hx` must have dtype .*, got torch\.float64"),
+        ):
+            module(x, hx.double())
+
+
+def _last(result: Any) -> Any:
+    """h_n of a layer, (h_n, c_n) of an LSTM; of a cell all there is."""
+    is_layer = isinstance(result, tuple) and isinstance(result[0], (PackedSequence, Tensor))
+    return result[1] if is_layer else result
+
+
 @LAYERS
 @pytest.mark.filterwarnings("ignore")
 def test_packed_input_compiles_in_parts(layer: type) -> None:

@@ -178,6 +178,7 @@ def _vmapped(module: _Call, example: tuple[Tensor, ...]) -> Callable[..., Tensor
 TOOLS: dict[str, Callable[[_Call, tuple[Tensor, ...]], Callable[..., Tensor]]] = {
     "compile": lambda module, _: torch.compile(module, backend="aot_eager", fullgraph=True),
     "export": lambda module, example: torch.export.export(module, example).module(),
+    "trace": lambda module, example: torch.jit.trace(module, example),
     "make_fx": lambda module, example: make_fx(module)(*example),
     "vmap": _vmapped,
 }
@@ -207,5 +208,11 @@ def test_pairs_under_autocast() -> None:
         wanted = layer(x, state)[0]
         for pair in ((state, torch.zeros(1, B, D)), (state, state.clone())):
             assert torch.equal(layer(x, pair)[0], wanted)
+        # as an encoder makes it, beside zeros in float32
+        z = nn.Linear(WIDTH, D)(torch.rand(1, B, WIDTH))
+        for pair in ((z, torch.zeros(1, B, D)), (torch.zeros(1, B, D), z)):
+            y, (h_n, c_n) = layer(x, pair)
+            assert torch.equal(y, layer(x, z)[0])
+            assert h_n.dtype == c_n.dtype == torch.float32
         with pytest.raises(ValueError, match="entries that differ"):
             layer(x, (state, 1 + state))

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.layers.states import one_state
+from minrnn.layers.states import autocasts, one_state
 from minrnn.ops.checks import check_tensor
 
+# what layers are made of, and what of it autocast casts
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SizeError(ValueError, RuntimeError):
@@ -45,10 +47,8 @@ def check_input(input: Tensor, weight: Tensor, symbols: str) -> None:
         raise DeviceError(
             f"`input` must be on {weight.device} like the weights, got {input.device}"
         )
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        # autocast leaves float64 and integers as they are
-        if input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if autocasts(input.device):
+        if input.dtype not in _CAST:
             raise DTypeError(f"`input` must have a dtype that autocast casts, got {input.dtype}")
     elif input.dtype != weight.dtype:
         raise DTypeError(
@@ -70,11 +70,12 @@ def check_packed(data: Tensor, batch_sizes: Tensor) -> None:
 
 
 def check_state_kind(hx: Tensor, input: Tensor) -> None:
-    """`hx` has the dtype of `input` or of the state, and its device."""
+    """`hx` has the dtype of `input` or of the state, or one that autocast casts; and its device."""
     state = torch.float64 if input.dtype == torch.float64 else torch.float32
-    if hx.dtype not in (input.dtype, state):
-        known = " or ".join(dict.fromkeys((str(input.dtype), str(state))))
-        raise DTypeError(f"`hx` must have dtype {known}, got {hx.dtype}")
+    known = _CAST if autocasts(input.device) else (input.dtype, state)
+    if hx.dtype not in known:
+        names = " or ".join(dict.fromkeys(str(dtype) for dtype in known))
+        raise DTypeError(f"`hx` must have dtype {names}, got {hx.dtype}")
     if hx.device != input.device:
         raise DeviceError(f"`hx` must be on {input.device} like `input`, got {hx.device}")
 
@@ -118,11 +119,15 @@ def cell_state(hx: Any, proj_size: int = 0) -> Tensor | None:
     h_0, c_0 = hx
     for x in hx:
         check_tensor("hx", x)
-    features = {c_0.shape[-1:], torch.Size([proj_size or c_0.shape[-1]])} if c_0.dim() else {()}
-    if h_0.shape[:-1] != c_0.shape[:-1] or h_0.shape[-1:] not in features:
+    # sizes are compared one by one: while torch.jit traces they are tensors, which hash by identity
+    fits = h_0.dim() == c_0.dim() and h_0.shape[:-1] == c_0.shape[:-1]
+    if fits and c_0.dim():
+        fits = h_0.shape[-1] in (c_0.shape[-1], proj_size or c_0.shape[-1])
+    if not fits:
         shapes = f"{tuple(h_0.shape)} and {tuple(c_0.shape)}"
         raise SizeError(f"`hx` must be a pair (h_0, c_0) of one shape, got {shapes}")
-    if (h_0.dtype, h_0.device) != (c_0.dtype, c_0.device):
+    cast = autocasts(c_0.device) and h_0.dtype in _CAST and c_0.dtype in _CAST
+    if h_0.device != c_0.device or not (cast or h_0.dtype == c_0.dtype):
         kinds = f"{h_0.dtype} on {h_0.device} and {c_0.dtype} on {c_0.device}"
         error = DTypeError if h_0.device == c_0.device else DeviceError
         raise error(f"`hx` must be a pair (h_0, c_0) of one dtype and device, got {kinds}")

@@ -23,15 +23,16 @@ class EndToEnd(NamedTuple):
     @classmethod
     def of(cls, batch_sizes: Tensor, device: torch.device) -> "EndToEnd":
         """From how many sequences run at each step, (T,), on the CPU."""
-        T, N = batch_sizes.shape[0], int(batch_sizes[0])
+        T, here = batch_sizes.shape[0], batch_sizes.device
+        sequences = torch.arange(num_sequences(batch_sizes), device=here)
         # sequence n runs while more than n sequences do
-        lengths = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(N), right=True)
+        lengths = T - torch.searchsorted(batch_sizes.flip(0), sequences, right=True)
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        owner = torch.repeat_interleave(torch.arange(N), lengths)
-        step = torch.arange(owner.shape[0]) - cu_seqlens[owner]
-        order = (batch_sizes.cumsum(0) - batch_sizes)[step] + owner
+        owner = torch.repeat_interleave(sequences, lengths)
+        steps = torch.arange(owner.shape[0], device=here)
+        order = (batch_sizes.cumsum(0) - batch_sizes)[steps - cu_seqlens[owner]] + owner
         inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.shape[0])
+        inverse[order] = steps
         return cls(order.to(device), inverse.to(device), cu_seqlens.to(device))
 
     def lay_out(self, data: Tensor) -> Tensor:
@@ -41,6 +42,11 @@ class EndToEnd(NamedTuple):
     def pack(self, x: Tensor) -> Tensor:
         """The other way."""
         return permute(x[0], self.inverse, self.order)
+
+
+def num_sequences(batch_sizes: Tensor) -> Any:
+    """N, an int; while torch.jit traces, a tensor, or every later call would have the first N."""
+    return batch_sizes[0] if torch.jit.is_tracing() else int(batch_sizes[0])
 
 
 class _Permute(torch.autograd.Function):
@@ -64,4 +70,7 @@ class _Permute(torch.autograd.Function):
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Rows `order` of `x`, each once; `inverse` is the way back."""
+    if torch.jit.is_tracing():
+        # a trace with Python in it cannot be saved
+        return x.index_select(0, order)
     return _Permute.apply(x, order, inverse)

@@ -20,7 +20,7 @@ from minrnn.layers.checks import (
     check_placement,
     check_state_kind,
 )
-from minrnn.layers.packed import EndToEnd
+from minrnn.layers.packed import EndToEnd, num_sequences
 from minrnn.layers.rnn_base import RNNBaseInterface
 from minrnn.layers.states import returned, writable
 from minrnn.ops.checks import check_candidate, check_tensor
@@ -182,7 +182,7 @@ class Stack(RNNBaseInterface):
         check_packed(data, batch_sizes)
         weights = self._weights()
         check_input(data, weights[0][0], "(S, input_size)")
-        h0 = self._first_states(hx, data, int(batch_sizes[0]), unbatched=False)
+        h0 = self._first_states(hx, data, num_sequences(batch_sizes), unbatched=False)
         if hx is not None and h0 is not None and sorted_indices is not None:
             # the longest first, as the steps are
             h0 = h0.index_select(1, sorted_indices)
@@ -263,15 +263,14 @@ class Stack(RNNBaseInterface):
 
         Then nothing passes a border in either direction, and each part is as if it stood alone.
         """
-        T = reset.shape[time_axis]
-        if T == 0:
-            return reset
-        after = torch.zeros_like(reset.narrow(time_axis, 0, 1))
-        if self.time_group is not None:
-            after = distributed.first_of_next(reset.narrow(time_axis, 0, 1), self.time_group)
-        back = torch.cat([reset.narrow(time_axis, 1, T - 1), after], dim=time_axis)
+        # slices, which T = 0 leaves empty: a trace keeps no branch
+        first, rest = (reset[:1], reset[1:]) if time_axis == 0 else (reset[:, :1], reset[:, 1:])
+        after = torch.zeros_like(first)
+        if self.time_group is not None and len(first):
+            after = distributed.first_of_next(first, self.time_group)
+        back = torch.cat([rest, after], dim=time_axis)
         # the step after a sequence's last is not its own
-        return back if cu_seqlens is None else back.index_fill(1, cu_seqlens[1:] - 1, False)
+        return back if cu_seqlens is None else back.index_fill(1, cu_seqlens[1:] - 1, 0)
 
     def _first_states(
         self, hx: Tensor | None, input: Tensor, B: int, unbatched: bool

@@ -68,13 +68,18 @@ def _readable(x: Tensor) -> bool:
     return not x.is_meta and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def autocasts(device: torch.device) -> bool:
+    """Autocast is enabled for this device."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def returned(h_n: Tensor, input: Tensor, hx: Tensor | None) -> Tensor:
     """States as a call returns them: in the dtype of `hx`, or of `input` without one.
 
     Under autocast as they are computed, float32: autocast casts them where it uses them.
     """
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocasts(input.device):
         return h_n
     return h_n.to(input.dtype if hx is None else hx.dtype)
 

@@ -156,7 +156,7 @@ def _register_gradient(op: _Operator) -> None:
     def time_first(args: tuple[Any, ...]) -> bool:
         return op.fused > 1 and args[-4]
 
-    transforms.define(op.name, op.num_gates, setup, _gradient(op.backward), time_first)
+    transforms.define(op.name, op.forward, op.num_gates, setup, _gradient(op.backward), time_first)
 
 
 def _gradient(backward: _Kernel) -> Callable[..., tuple[Tensor | None, ...]]:

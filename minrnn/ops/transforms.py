@@ -4,7 +4,8 @@ Operators registered with a Python gradient do not take part in torch's function
 `torch.autograd.Function` with `setup_context` does. So there is one for each operator, used while
 a transform is active and at no other time. Its gradient is the formula in pure torch, which rests
 on `scan` and can be transformed again; its batching rule lays the new axis along the batch, or
-along the sequences that `cu_seqlens` bounds.
+along the sequences that `cu_seqlens` bounds. Where torch.compile traces a transform, it traces the
+operator in pure torch.
 """
 
 from collections.abc import Callable
@@ -14,17 +15,29 @@ import torch
 from torch import Tensor
 
 functions: dict[str, type[torch.autograd.Function]] = {}
+formulas: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
 
 
 def call(name: str, *args: Any) -> Any:
     """`torch.ops.minrnn.name`, whatever transform is active."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if not torch._C._are_functorch_transforms_active():
         return getattr(torch.ops.minrnn, name)(*args)
+    if torch.compiler.is_compiling() or _functionalizes():
+        # neither knows the gradient and the batching rule of a function
+        return formulas[name](*args)
     return functions[name].apply(*args)
+
+
+def _functionalizes() -> bool:
+    """`torch.func.functionalize` is one of the active transforms."""
+    functionalize = torch._C._functorch.TransformType.Functionalize
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == functionalize for level in levels)
 
 
 def define(
     name: str,
+    formula: Callable[..., tuple[Tensor, ...]],
     num_gates: int,
     setup: Callable[..., None],
     gradient: Callable[..., tuple[Tensor | None, ...]],
@@ -34,6 +47,7 @@ def define(
 
     Args:
         name: of the operator.
+        formula: the operator in pure torch, which every transform can trace.
         num_gates: how many tensors (B, T, ...) it begins with.
         setup: saves what the gradient needs, as for `torch.library.register_autograd`.
         gradient: of every argument, from (ctx, dh, dh_T), likewise; can be transformed itself.
@@ -58,7 +72,7 @@ def define(
             sizes = (info.batch_size, -1)
             return (h.unflatten(axis, sizes), h_T.unflatten(0, sizes)), (axis, 0)
 
-    functions[name] = Function
+    functions[name], formulas[name] = Function, formula
 
 
 def _first(x: Any, dim: int | None, size: int) -> Any:
