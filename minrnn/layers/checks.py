@@ -126,8 +126,9 @@ def cell_state(hx: Any, proj_size: int = 0) -> Tensor | None:
     if not fits:
         shapes = f"{tuple(h_0.shape)} and {tuple(c_0.shape)}"
         raise SizeError(f"`hx` must be a pair (h_0, c_0) of one shape, got {shapes}")
-    cast = autocasts(c_0.device) and h_0.dtype in _CAST and c_0.dtype in _CAST
-    if h_0.device != c_0.device or not (cast or h_0.dtype == c_0.dtype):
+    fits = h_0.dtype == c_0.dtype
+    fits = fits or (autocasts(c_0.device) and h_0.dtype in _CAST and c_0.dtype in _CAST)
+    if h_0.device != c_0.device or not fits:
         kinds = f"{h_0.dtype} on {h_0.device} and {c_0.dtype} on {c_0.device}"
         error = DTypeError if h_0.device == c_0.device else DeviceError
         raise error(f"`hx` must be a pair (h_0, c_0) of one dtype and device, got {kinds}")
