@@ -59,7 +59,7 @@ def _refuse(clash: Tensor) -> None:
 
 def _readable(*tensors: Tensor) -> bool:
     """Whether values can be looked at here without an error, a warning or a broken graph."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
@@ -92,7 +92,8 @@ def writable(y: Tensor) -> Tensor:
     if not y.requires_grad or y.device.type != "cpu":
         return y
     if _readable(y):
-        return torch._lazy_clone(y)
+        return torch.ops.aten._lazy_clone(y)
     # what is exported or traced runs without autograd
-    exports = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return y if exports else y.clone()
+    if torch.compiler.is_compiling():
+        return y if torch.compiler.is_exporting() else y.clone()
+    return y if torch._C._is_tracing() else y.clone()
