@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from minrnn import MinGRU, MinGRUCell, MinLSTM, MinLSTMCell
 
@@ -153,3 +153,29 @@ def test_states_of_cells_may_be_written_to(cell: type) -> None:
         return torch.autograd.grad(loss, list(module.parameters()))
 
     torch.testing.assert_close(gradients(copy=False), gradients(copy=True))
+
+
+def _tensors(nest: Any) -> list[Tensor]:
+    if isinstance(nest, PackedSequence):
+        return [nest.data]
+    return [nest] if isinstance(nest, Tensor) else [x for part in nest for x in _tensors(part)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [MinGRU, MinLSTM, MinGRUCell, MinLSTMCell])
+def test_results_share_no_memory(kind: type, dtype: torch.dtype) -> None:
+    """Not with each other, nor with what was passed: no step at all, one, and several."""
+    cell = kind in (MinGRUCell, MinLSTMCell)
+    options = [{}] if cell else [{}, *SETTINGS.values(), {"learn_h0": True}]
+    shapes = [(3, 4), (4,)] if cell else [(0, 3, 4), (1, 3, 4), (5, 3, 4), (1, 4), (5, 4)]
+    inputs: list[Any] = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    if not cell:
+        inputs += [pack_sequence([x[:, 0], x[:1, 1]]) for x in inputs[1:3]]
+    for module in (kind(4, 4, **given).to(dtype).eval() for given in options):
+        for x in inputs:
+            state = module(x)
+            hx = _first(state if cell else state[1]).detach().clone()
+            for given in ((x,), (x, hx)):
+                tensors = [*_tensors(module(*given)), *_tensors(given), *module.parameters()]
+                places = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
+                assert len(set(places)) == len(places)

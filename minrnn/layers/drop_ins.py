@@ -79,11 +79,12 @@ class MinGRU(Stack):
 
         Args:
             input: (T, B, input_size), or (B, T, input_size) if `batch_first`; (T, input_size)
-                without a batch; or a PackedSequence, whose padding costs nothing.
+                without a batch; or a PackedSequence, or a nested (B, T, input_size) of jagged
+                layout, each sequence of its own length, for which no padding is computed.
             hx: (num_layers * directions, B, hidden_size), the states before the first step; without
                 B for an input without a batch.
-            reset: bool, of the shape of `input` without features, or packed like it: True lets a
-                step start from zeros, and nothing passes it in either direction.
+            reset: bool, of the shape of `input` without features, packed or nested like it: True
+                lets a step start from zeros, and nothing passes it in either direction.
 
         Returns:
             output: `input` with hidden_size (or proj_size) * directions features, in the dtype of
@@ -202,7 +203,8 @@ class MinLSTM(Stack):
 
         Args:
             input: (T, B, input_size), or (B, T, input_size) if `batch_first`; (T, input_size)
-                without a batch; or a PackedSequence, whose padding costs nothing.
+                without a batch; or a PackedSequence, or a nested (B, T, input_size) of jagged
+                layout, each sequence of its own length, for which no padding is computed.
             hx: (num_layers * directions, B, hidden_size), the states before the first step; or a
                 pair (h_0, c_0) of such, as nn.LSTM takes it, which must stand for one state: where
                 their entries differ, one of the two is zero, and the other one counts.
