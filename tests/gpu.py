@@ -72,7 +72,7 @@ def test_steps_are_the_whole(device: torch.device, layer: str, dtype: torch.dtyp
     module = LAYERS[layer]().to(device, dtype)
     x = torch.randn(3, 300, 6, device=device, dtype=dtype)
     # float32 here and so after each step
-    state: Any = torch.zeros(2, 3, 8, device=device)
+    state = torch.zeros(2, 3, 8, device=device)
     with torch.inference_mode():
         whole, _ = module(x, state)
         steps = []
