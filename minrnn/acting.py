@@ -98,7 +98,7 @@ class WindowActor:
     def select(self, rows: Sequence[int]) -> None:
         """Go on with the episodes `rows` of those before only."""
         if self.past is not None:
-            self.past = self.past[torch.as_tensor(rows, dtype=torch.long)]
+            self.past = self.past[torch.tensor(rows, dtype=torch.long, device=self.past.device)]
 
 
 class StreamActor:

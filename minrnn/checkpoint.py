@@ -119,7 +119,8 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
         read_config(folder)
         raise FileNotFoundError(f"the run {folder} has no weights yet ({WEIGHTS} is missing)")
     tensors, notes = read_tensors(weights)
-    model = build_model(weights, notes)
+    with torch.device("cpu"):
+        model = build_model(weights, notes)
     # a model of another dtype than float32 is built as one
     model.to(next(iter(tensors.values())).dtype)
     load_weights(model, tensors, weights)

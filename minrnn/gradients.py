@@ -91,7 +91,7 @@ def _piece_by_piece(
     # every piece draws the same dropout both times
     seed = torch.initial_seed()
     states = _states_before(model, pieces, state, seed)
-    total, behind, last = torch.zeros(()), None, None
+    total, behind, last = torch.zeros((), device="cpu"), None, None
     for number in reversed(range(len(pieces))):
         piece, before = pieces[number], _leaf(states.pop())
         _seed(seed, number)

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnxscript import evaluator, opset18
+from torch.onnx._internal.exporter._torchlib._torchlib_registry import onnx_impl
 
 _Pair = tuple[Any, Any]
 # its signatures hold for constants, not for the values of a graph
@@ -21,8 +22,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any] | Sequence[Cal
         a, b from the gates, elementwise
         Scan over t: h_t = a_t * h_{t-1} + b_t
 
-    The state is float32 (float64 for float64). B and T may be dynamic; `reset` and both directions
-    are kept.
+    The state is float32 (float64 for float64). B and T may be dynamic, and 0; `reset` and both
+    directions are kept. Once this module is imported, torch.onnx.export finds the translations
+    without the table, too.
 
     Returns:
         for each operator, what writes it in ONNX: all that layers, cells and functions run.
@@ -117,7 +119,7 @@ def _candidate(v: Any, candidate: str) -> Any:
 
 
 def _recur(gates: Any, a: Any, b: Any, h0: Any, time_first: bool, *layout: Any) -> _Pair:
-    """h in the dtype of `gates`, and h_T, from one Scan over a and b."""
+    """h in the dtype of `gates`, and h_T, from one Scan over a and b, if they hold anything."""
     reset, cu_seqlens, reverse = layout
     if cu_seqlens is not None:
         raise NotImplementedError("ONNX has no packed sequences: export with a padded input")
@@ -138,12 +140,32 @@ def _recur(gates: Any, a: Any, b: Any, h0: Any, time_first: bool, *layout: Any) 
         "scan_output_axes": [time],
         "scan_output_directions": [int(reverse)],
     }
-    # opset18.Scan would be given one output: the recorder cannot know their number
-    node = ir.node("Scan", [op.Cast(h0, to=int(dtype)), *steps], attributes, num_outputs=2)
+    h0 = op.Cast(h0, to=int(dtype))
+    scan = ir.node("Scan", [h0, *steps], attributes, num_outputs=2)
     recorder: Any = evaluator.default()
-    recorder.nodes.append(node)
-    h_T, h = node.outputs
+    if not all(isinstance(size, int) and size > 0 for size in gates.shape):
+        scan = _unless_empty(scan, h0, b)
+    # opset18.Scan would be given one output: the recorder cannot know their number
+    recorder.nodes.append(scan)
+    h_T, h = scan.outputs
     return op.CastLike(h, gates), h_T
+
+
+def _unless_empty(scan: ir.Node, h0: Any, b: Any) -> ir.Node:
+    """`scan`, or h0 and b themselves where b has no element, as no step leaves them.
+
+    onnxruntime refuses a Scan of no steps; one along the second axis ends its process.
+    """
+    same = [ir.node("Identity", [x]) for x in (h0, b)]
+    branches = {
+        "then_branch": ir.Graph([], [n.outputs[0] for n in same], nodes=same, name="empty"),
+        "else_branch": ir.Graph([], scan.outputs, nodes=[scan], name="steps"),
+    }
+    for branch in branches.values():
+        for x, name, like in zip(branch.outputs, ("h_T", "h"), (h0, b), strict=True):
+            x.name, x.type = f"{branch.name}_{name}", like.type
+    is_empty = op.Equal(op.Size(b), op.Constant(value_int=0))
+    return ir.node("If", [is_empty], branches, num_outputs=2)
 
 
 def _step(dtype: ir.DataType, num_inputs: int) -> ir.Graph:
@@ -170,3 +192,7 @@ def _step(dtype: ir.DataType, num_inputs: int) -> ir.Graph:
     for out in (after, h):
         out.shape = ir.Shape([None, None])
     return ir.Graph(inputs, [after, h], nodes=nodes, name="step")
+
+
+for _operator, _translation in translations().items():
+    onnx_impl(_operator, no_compile=True)(_translation)

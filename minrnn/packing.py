@@ -14,6 +14,9 @@ from minrnn.models import LanguageModel, check_ids
 from minrnn.ops.rows import Packed, WeightDtype, can_run_model, linear_rows, pack, run_model
 from minrnn.state import State
 
+# what the compiled call of a whole model takes
+_KIND: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+
 
 class PackedWeight(Tensor):
     """A matrix (N, K) that `F.linear` multiplies by, each row by itself; nothing else reads it.
@@ -104,8 +107,8 @@ class PackedModel(nn.Module):
         width, (D, _, conv_width, _) = self.config.width, self._sizes
         states = []
         for _ in range(self.config.num_layers):
-            states += [torch.zeros(batch_size, D)]
-            states += [torch.zeros(batch_size, max(0, conv_width - 1), width)]
+            states += [torch.zeros(batch_size, D, **_KIND)]
+            states += [torch.zeros(batch_size, max(0, conv_width - 1), width, **_KIND)]
         return self._named(states)
 
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -185,7 +188,7 @@ def pack_model(
 
 def _block_weights(block: Block, weights: WeightDtype) -> list[Tensor]:
     """The weights of a block in the order of `run_model`."""
-    none = torch.empty(0)
+    none = torch.empty(0, **_KIND)
     assert isinstance(block.mixer, MinimalRNN)
     rnn = block.mixer.rnn
     assert rnn.weight_hr_l0 is not None
@@ -210,7 +213,7 @@ def _matrix(linear: nn.Linear, weights: WeightDtype) -> list[Tensor]:
 
 def _packed(weight: Tensor, bias: Tensor | None, dtype: WeightDtype) -> list[Tensor]:
     """Panels, scale and bias."""
-    none = torch.empty(0)
+    none = torch.empty(0, **_KIND)
     panels, scale, _ = pack(weight, dtype)
     return [panels, none if scale is None else scale, none if bias is None else bias]
 

@@ -114,7 +114,7 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], random: Sequence[Uniform
     # (R, V), rising; the last one is about 1
     sums = probabilities.cumsum(dim=-1)
     drawn = torch.searchsorted(sums, u[rows, None] * sums[:, -1:], right=True)[:, 0]
-    return likeliest.index_copy(0, torch.tensor(rows), drawn)
+    return likeliest.index_copy(0, torch.tensor(rows, device="cpu"), drawn)
 
 
 def _filtered(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
@@ -129,14 +129,14 @@ def _filtered(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     if not rows:
         return probabilities
     chosen = [samplings[row] for row in rows]
-    ks = torch.tensor([[min(one.top_k or V, V)] for one in chosen])
+    ks = torch.tensor([[min(one.top_k or V, V)] for one in chosen], device="cpu")
     ps = logits.new_tensor([[one.top_p] for one in chosen])
     ordered, order = probabilities[rows].sort(dim=-1, descending=True, stable=True)
-    ordered = ordered.masked_fill(torch.arange(V) >= ks, 0.0)
+    ordered = ordered.masked_fill(torch.arange(V, device="cpu") >= ks, 0.0)
     ordered = ordered / ordered.sum(dim=-1, keepdim=True)
     # a symbol stays if those before it have not reached top_p yet; the first one always stays
     before = ordered.cumsum(dim=-1) - ordered
     before[:, 0] = -1.0
     ordered = ordered.masked_fill(before >= ps, 0.0)
     kept = torch.zeros_like(ordered).scatter(-1, order, ordered)
-    return probabilities.index_copy(0, torch.tensor(rows), kept)
+    return probabilities.index_copy(0, torch.tensor(rows, device="cpu"), kept)

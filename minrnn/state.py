@@ -96,7 +96,8 @@ class State(Mapping[str, "Tensor | State"]):
 
     def select(self, rows: Sequence[int] | Tensor) -> "State":
         """The streams `rows`, in that order; a row may be taken more than once."""
-        rows = torch.as_tensor(rows, dtype=torch.long)
+        device = rows.device if isinstance(rows, Tensor) else "cpu"
+        rows = torch.as_tensor(rows, dtype=torch.long, device=device)
         return self.map(lambda x: x[rows.to(x.device)])
 
     @staticmethod

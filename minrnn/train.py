@@ -341,7 +341,7 @@ class _Loop:
         """Clip the gradient; the norm it had."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         assert norm is not None
-        return float(training_state.whole(torch.as_tensor(norm)))
+        return float(training_state.whole(norm) if isinstance(norm, Tensor) else norm)
 
     def _log(self, values: dict[str, Any]) -> None:
         line = json.dumps({"step": self.step} | values)

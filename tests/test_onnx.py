@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 
 from minrnn import MinGRU, MinGRUCell, MinLSTM, MinLSTMCell, mingru, minlstm, scan
 from minrnn.onnx import translations
+from tests.training import python
 
 
 def _flat(result: Any) -> list[Tensor]:
@@ -74,6 +76,69 @@ def test_any_batch_and_length(layer: type, batch_first: bool, tmp_path: Path) ->
     for B_, T_ in ((1, 1), (2, 5), (1, 64), (4, 9)):
         x = torch.randn((B_, T_, 4) if batch_first else (T_, B_, 4))
         _check(run, module, x, torch.rand(4, B_, 5))
+
+
+EMPTY = """
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+h_0 = numpy.ones((2, 3, 5), dtype="f")
+for B, T in ((3, 0), (0, 2), (0, 0), (3, 2)):
+    x = numpy.zeros((B, T, 4) if sys.argv[2] == "True" else (T, B, 4), dtype="f")
+    y, h_n = session.run(None, dict(zip(("x", "h_0"), (x, h_0[:, :B]))))[:2]
+    assert y.shape == (*x.shape[:2], 10), y.shape
+    assert h_n.shape == (2, B, 5), h_n.shape
+    assert (h_n == 1).all() == (not B * T), h_n
+print("done")
+"""
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("layer", [MinGRU, MinLSTM])
+def test_no_steps_and_no_rows(layer: type, batch_first: bool, tmp_path: Path) -> None:
+    """In a process of its own: what onnxruntime divides by zero, it does not report."""
+    module, B, T = layer(4, 5, bidirectional=True, batch_first=batch_first), Dim("B"), Dim("T")
+    torch.onnx.export(
+        module.eval(),
+        (torch.randn(3, 7, 4), torch.rand(2, 3 if batch_first else 7, 5)),
+        tmp_path / "model.onnx",
+        input_names=["x", "h_0"],
+        dynamic_shapes=({0: B, 1: T} if batch_first else {0: T, 1: B}, {1: B}),
+        custom_translation_table=translations(),
+        verbose=False,
+    )
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    assert python(EMPTY, tmp_path / "model.onnx", batch_first).stdout == "done\n"
+
+
+@pytest.mark.parametrize("module", [MinGRU(4, 5), MinLSTMCell(4, 5)], ids=["layer", "cell"])
+def test_the_export_finds_the_translations_by_itself(module: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(*([7] if isinstance(module, MinGRU) else []), 3, 4)
+    program = torch.onnx.export(module.eval(), (x,), verbose=False)
+    assert program is not None
+    # of sizes that are known and not 0, no branch is left
+    assert [node.op_type for node in program.model.graph].count("If") == 0
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    actual = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(actual[0]), _flat(module(x))[0].detach(), rtol=1e-5, atol=1e-6)
+
+
+UNTRANSLATED = """
+import torch, minrnn
+x = torch.randn(7, 3, 4)
+for module, x in ((minrnn.MinLSTM(4, 5), x), (minrnn.MinGRUCell(4, 5), x[0])):
+    for model, dynamo in ((module, True), (torch.export.export(module, (x,)), True), (module, False)):
+        try:
+            torch.onnx.export(model, (x,), "model.onnx", dynamo=dynamo, verbose=False)
+        except Exception as error:
+            print("does not know minrnn's operators: `import minrnn.onnx` and" in str(error))
+"""
+
+
+def test_an_export_that_lacks_the_translations_names_them(tmp_path: Path) -> None:
+    """The new exporter, of a module and of a program, and that of before: no file, and what to do."""
+    assert python(UNTRANSLATED, cwd=tmp_path).stdout == "True\n" * 6
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("cell", [MinGRUCell, MinLSTMCell])

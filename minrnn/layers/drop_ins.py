@@ -74,7 +74,8 @@ class MinGRU(Stack):
         *,
         reset: PackedSequence | None = None,
     ) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Tensor | None = None, *, reset: Any = None) -> Any:
+    # `reset` by position, too: exporters pass defaults so
+    def forward(self, input: Any, hx: Tensor | None = None, reset: Any = None) -> Any:
         """Run over T >= 0 steps, from `hx` or from zeros (`h_0` with `learn_h0`).
 
         Args:
@@ -198,7 +199,7 @@ class MinLSTM(Stack):
         *,
         reset: PackedSequence | None = None,
     ) -> tuple[PackedSequence, _Pair]: ...
-    def forward(self, input: Any, hx: Any = None, *, reset: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, reset: Any = None) -> Any:
         """Run over T >= 0 steps, from `hx` or from zeros (`h_0` with `learn_h0`).
 
         Args:

@@ -41,7 +41,7 @@ class S6(Mixer):
         self.rank = rank or math.ceil(width / 16)
         self.x_proj = nn.Linear(width, self.rank + 2 * state_size, bias=False)
         self.dt_proj = nn.Linear(self.rank, width)
-        A = torch.arange(1, state_size + 1, dtype=torch.float32).log()
+        A = torch.arange(1, state_size + 1, dtype=torch.get_default_dtype()).log()
         self.A_log = nn.Parameter(A.repeat(width, 1))
         self.D = nn.Parameter(torch.ones(width))
         low, high = map(math.log, _STEP_SIZES)

@@ -12,9 +12,16 @@ class NoMixer(Mixer):
 
     can_split_time = True
 
+    # on the model's device and of its dtype, as the states are
+    none: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("none", torch.empty(0), persistent=False)
+
     def init_state(self, batch_size: int) -> State:
         """A state of no bytes."""
-        return State({"none": torch.zeros(batch_size, 0)})
+        return State({"none": self.none.new_zeros(batch_size, 0)})
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Zeros like x (B, T, width)."""

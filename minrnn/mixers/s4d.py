@@ -37,9 +37,10 @@ class S4D(Mixer):
             raise ValueError(f"`state_size` must be even, got {state_size}")
         pairs = state_size // 2
         low, high = map(math.log, _STEP_SIZES)
+        multiples = math.pi * torch.arange(pairs, dtype=torch.get_default_dtype())
         self.log_dt = nn.Parameter(torch.empty(width).uniform_(low, high))
         self.log_decay = nn.Parameter(torch.full((width, pairs), math.log(0.5)))
-        self.frequency = nn.Parameter(math.pi * torch.arange(pairs).float().repeat(width, 1))
+        self.frequency = nn.Parameter(multiples.repeat(width, 1))
         # (width, pairs, real and imaginary part)
         self.C = nn.Parameter(torch.randn(width, pairs, 2) * math.sqrt(0.5))
         self.D = nn.Parameter(torch.randn(width))

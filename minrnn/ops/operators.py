@@ -123,6 +123,7 @@ def _contiguous(kernel: _Kernel) -> _Kernel:
 
 def _register_shapes(op: _Operator) -> None:
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        transforms.check_export()
         gate, h0, cu_seqlens = args[0], args[op.num_gates], args[-2]
         D = gate.shape[2] // op.fused
         B = gate.shape[1 if op.fused > 1 and args[-4] else 0]

@@ -35,7 +35,7 @@ def scan(
             if reset is not None:
                 state = torch.where(reset[rows, t, None], 0.0, state)
             state = a[rows, t] * state + b[rows, t]
-            h = h.index_put((_index(rows, h), torch.tensor(t)), state)
+            h = h.index_put((_index(rows, h), torch.tensor(t, device=h.device)), state)
         last.append(state)
     h_T = torch.cat(last) if last else b.new_zeros(0, b.shape[2])
     return h.to(dtype), h_T

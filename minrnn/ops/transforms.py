@@ -8,18 +8,25 @@ along the sequences that `cu_seqlens` bounds. Where torch.compile traces a trans
 operator in pure torch.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_UNTRANSLATED = (
+    "does not know minrnn's operators: `import minrnn.onnx` and export with dynamo=True, "
+    "custom_translation_table=minrnn.onnx.translations()"
+)
 functions: dict[str, type[torch.autograd.Function]] = {}
 formulas: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
 
 
 def call(name: str, *args: Any) -> Any:
     """`torch.ops.minrnn.name`, whatever transform is active."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(f"torch.onnx.export with dynamo=False {_UNTRANSLATED}")
     if not torch._C._are_functorch_transforms_active():
         return getattr(torch.ops.minrnn, name)(*args)
     if torch.compiler.is_compiling() or _functionalizes():
@@ -33,6 +40,12 @@ def _functionalizes() -> bool:
     functionalize = torch._C._functorch.TransformType.Functionalize
     levels = torch._C._functorch.get_interpreter_stack() or []
     return any(level.key() == functionalize for level in levels)
+
+
+def check_export() -> None:
+    """torch.onnx.export, if it runs, knows the operators: see `minrnn.onnx`."""
+    if torch.onnx.is_in_onnx_export() and "minrnn.onnx" not in sys.modules:
+        raise NotImplementedError(f"torch.onnx.export {_UNTRANSLATED}")
 
 
 def define(

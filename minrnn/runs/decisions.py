@@ -120,7 +120,7 @@ def _read(config: RlConfig) -> Trajectories:
 
 def _scale(model: DecisionModel, data: Trajectories, actions: list[list[float]]) -> None:
     """Let the model see standardised observations and act within the bounds `actions`."""
-    low, high = torch.tensor(actions)
+    low, high = torch.tensor(actions, dtype=torch.float32, device="cpu")
     mean, std = map(torch.from_numpy, data.moments)
     model.observation_mean.copy_(mean)
     model.observation_std.copy_(std)

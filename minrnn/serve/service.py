@@ -209,7 +209,7 @@ class Service:
         try:
             if isinstance(prompt, str):
                 return torch.from_numpy(self.tokenizer.encode(prompt)).long()
-            ids = torch.tensor(prompt, dtype=torch.int64)
+            ids = torch.tensor(prompt, dtype=torch.int64, device="cpu")
         except ValueError as error:
             raise Refused(400, "invalid_value", f"`prompt`: {error}", "prompt") from error
         V = self.tokenizer.vocab_size
@@ -252,7 +252,8 @@ class Service:
 
     def _submit(self, completion: Completion) -> None:
         body, per, session = completion.body, completion.body.n or 1, completion.session
-        unread = torch.tensor(session.unread if session else (), dtype=torch.int64)
+        ids = session.unread if session else ()
+        unread = torch.tensor(ids, dtype=torch.int64, device="cpu")
         for start in range(0, len(completion.choices), per):
             prompt = torch.cat([unread, completion.prompts[start]])
             if not len(prompt):
