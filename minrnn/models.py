@@ -82,7 +82,7 @@ class ModelConfig:
     normalized: bool = True
     """minLSTM only: divide its gates by their sum."""
     forget_bias: float = 0.0
-    """minLSTM only: added to the forget gate's bias at the start."""
+    """minLSTM only: b; at first f' is about sigmoid(b), a memory of about 1 + exp(b) steps."""
     longest_memory: int = 0
     """minGRU, minLSTM: at first channels forget after 1 to this many steps; 0: after about 2."""
 

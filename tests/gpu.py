@@ -71,9 +71,11 @@ def test_layers(device: torch.device, layer: str, packed: bool) -> None:
 def test_steps_are_the_whole(device: torch.device, layer: str, dtype: torch.dtype) -> None:
     module = LAYERS[layer]().to(device, dtype)
     x = torch.randn(3, 300, 6, device=device, dtype=dtype)
+    # float32 here and so after each step
+    state = torch.zeros(2, 3, 8, device=device)
     with torch.inference_mode():
-        whole, _ = module(x)
-        state, steps = None, []
+        whole, _ = module(x, state)
+        steps = []
         for x_t in x.split(1, dim=1):
             y, state = module(x_t, state)
             steps.append(y)

@@ -71,6 +71,13 @@ def _states(state: Any) -> dict[str, Tensor]:
     return {"h": state[0] if isinstance(state, tuple) else state}
 
 
+def _zeros(module: nn.Module) -> Tensor | None:
+    """A layer's first state in float32; models begin with it."""
+    if isinstance(module, (MinGRU, MinLSTM)):
+        return torch.zeros(module.num_layers, B, module.hidden_size)
+    return None
+
+
 def _off(found: Tensor, wanted: Tensor) -> float:
     return ((found.float() - wanted.float()).abs().max() / wanted.float().abs().max()).item()
 
@@ -87,9 +94,11 @@ def test_dtypes_values_and_gradients(name: str, way: str) -> None:
     assert y.dtype == (float32 if name == "DecisionModel" and way != "cast" else dtype)
     assert _off(y, wanted) < TOLERANCE[dtype]
     for part, tensor in _states(state).items():
-        # what is kept of inputs has their dtype, what is recurrent is float32; torch's own aside
+        # what is kept of inputs has their dtype, what is recurrent is float32; torch's own aside,
+        # and the layers, which return a state as torch's do
+        alone = name in ("MinGRU", "MinLSTM") and way == "cast"
         if part.rpartition(".")[2] in ("h", "c", "a", "m") and name not in ("gru", "lstm"):
-            assert tensor.dtype == float32, part
+            assert tensor.dtype == (dtype if alone else float32), part
     y.float().square().sum().backward()
     # nothing comes after the norm in front of no mixer
     for parameter in (p for p in module.parameters() if p.grad is not None or name != "none"):
@@ -103,9 +112,11 @@ def test_pieces_and_steps_are_the_whole(name: str, way: str) -> None:
     module, dtype = MODULES[name]().eval(), WAYS[way]
     module, x, context = _in_half(module, _inputs(module), way)
     with context:
-        whole, last = module(x)
+        # a state has the dtype of the one before
+        first = _zeros(module)
+        whole, last = module(x, first)
         for lengths in ([1] * T, [5, 1, 7]):
-            state, pieces = None, []
+            state, pieces = first, []
             for piece in x.split(lengths, dim=1):
                 y, state = module(piece, state)
                 pieces.append(y)
@@ -129,8 +140,8 @@ def test_thousand_steps_decode_as_they_were_trained(cell: type, layer: type, way
     weights = {name.removesuffix("_l0"): x for name, x in module.state_dict().items()}
     step.load_state_dict(weights)
     with context:
-        whole, last = module(x)
-        state = None
+        whole, last = module(x, _zeros(module))
+        state = torch.zeros(B, WIDTH)
         for x_t in x.unbind(1):
             result = step(x_t, state)
             state = result if isinstance(result, Tensor) else result[0]

@@ -92,16 +92,6 @@ def _drop_layer(x: Tensor | None) -> Tensor | None:
     return x[0] if x is not None and x.dim() == 3 else x
 
 
-def test_the_pair_of_a_projected_lstm_fits() -> None:
-    layer = MinLSTM(4, 5, proj_size=2)
-    x, c_0 = torch.randn(7, 3, 4), torch.rand(1, 3, 5)
-    wanted = layer(x, c_0)[0]
-    for features in (2, 5):
-        assert torch.equal(layer(x, (torch.zeros(1, 3, features), c_0))[0], wanted)
-    with pytest.raises(RuntimeError, match="of one shape"):
-        layer(x, (torch.zeros(1, 3, 3), c_0))
-
-
 @pytest.mark.parametrize("sizes", [[2, 1], [4, 3], [1, 2, 2], [3, 2, 0], [5, -1, 1], []])
 @LAYERS
 def test_lengths_must_fit_the_rows(layer: type, sizes: list[int]) -> None:
@@ -189,8 +179,9 @@ def test_states_of_any_cast_dtype_under_autocast(
         sizes = {"unbatched": (1, 5), "cell": (3, 5)}.get(kind, (1, 3, 5))
         hx = torch.rand(sizes).to(dtype).requires_grad_()
         wanted = _first(_last(module(x, hx.float())))
-        # mixed pairs too
-        pairs = [(hx, hx), (hx.detach().float(), hx), (hx.detach().bfloat16(), hx)]
+        # mixed pairs too, with a lone state
+        zeros = torch.zeros(sizes)
+        pairs = [(hx, hx), (zeros, hx), (zeros.bfloat16(), hx), (hx, zeros)]
         for state in [hx, *(pairs if name in (MinLSTM, MinLSTMCell) else [])]:
             with torch.autocast("cpu", dtype=autocast):
                 last = _first(_last(module(x, state)))
@@ -241,10 +232,13 @@ def test_what_autocast_does_not_cast_is_refused(layer: type, dtype: torch.dtype)
     ("options", "kind", "message"),
     [
         ({"forget_bias": "x"}, ValueError, "`forget_bias` must be a finite number, got 'x'"),
+        ({"forget_bias": True}, ValueError, "`forget_bias` must be a finite number, got True"),
         ({"forget_bias": float("nan")}, ValueError, "`forget_bias` must be a finite number"),
+        ({"forget_bias": 1.0, "bias": False}, ValueError, "= 1.0 needs `bias` = True, got False"),
         ({"normalized": 1}, TypeError, "`normalized` must be a bool, got int"),
     ],
 )
 def test_wrong_options_of_minlstm(options: Any, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        MinLSTM(4, 5, **options)
+    for module in (MinLSTM, MinLSTMCell):
+        with pytest.raises(kind, match=message):
+            module(4, 5, **options)

@@ -153,7 +153,7 @@ def test_module_moves_to_a_dtype(n: int, dtype: torch.dtype) -> None:
     state = _step(result) if n > 1 else _state(result)
     if n < 2:
         assert result[0].dtype == dtype
-    assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert state.dtype == dtype
     # eight bits of weights and inputs
     tolerance = 1e-6 if dtype == torch.float64 else 0.05
     assert_close(result[0].float(), wanted, rtol=tolerance, atol=tolerance)

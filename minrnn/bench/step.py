@@ -55,7 +55,7 @@ def _bind(module: nn.Module, x: Tensor, h: Tensor) -> peers.Calls:
     """One step as a loop over steps has it: states come as they went."""
     cell = hasattr(module, "weight_ih")
     x, h = (x, h) if cell else (x[None], h[None])
-    state: Any = (h, h) if isinstance(module, PAIRED) else h
+    state: Any = (h, h.clone()) if isinstance(module, PAIRED) else h
 
     def forward() -> Any:
         with torch.inference_mode():

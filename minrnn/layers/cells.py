@@ -10,12 +10,16 @@ from minrnn import ops
 from minrnn.layers.checks import (
     SizeError,
     cell_state,
+    check_flags,
     check_input,
+    check_placement,
     check_sizes,
     check_state_kind,
     fx_module_name,
 )
+from minrnn.layers.forget_bias import add_forget_bias, check_forget_bias
 from minrnn.layers.stack import bounds
+from minrnn.layers.states import returned
 from minrnn.ops.checks import check_candidate, check_tensor
 
 
@@ -35,6 +39,7 @@ class _Cell(nn.Module):
         super().__init__()
         self.__module__ = fx_module_name(self)
         check_sizes({"input_size": input_size, "hidden_size": hidden_size})
+        check_placement(device, dtype)
         check_candidate(candidate)
         self.input_size, self.hidden_size = input_size, hidden_size
         self.bias, self.candidate = bias, candidate
@@ -58,6 +63,8 @@ class _Cell(nn.Module):
 
     def _step(self, input: Tensor, hx: Tensor | None) -> Tensor:
         check_tensor("input", input)
+        if input.is_nested:
+            raise ValueError("`input` must not be nested: a cell takes one step of each row")
         if input.dim() not in (1, 2):
             raise ValueError(f"`input` must have 1 or 2 dimensions, got shape {tuple(input.shape)}")
         # read once: with a parametrization each reading computes it
@@ -77,7 +84,7 @@ class _Cell(nn.Module):
         # (B, 1, num_gates * hidden_size): a sequence of one step
         gates = gates[:, None] if input.dim() == 2 else gates[None, None]
         layout = {"time_first": False, "reset": None, "cu_seqlens": None, "reverse": False}
-        h_T = self._recur(gates, hx, **layout)[1]
+        h_T = returned(self._recur(gates, hx, **layout)[1], input, hx)
         return h_T if input.dim() == 2 else h_T[0]
 
 
@@ -121,7 +128,8 @@ class MinGRUCell(_Cell):
             hx: (B, hidden_size), or (hidden_size,): the state before; None stands for zeros.
 
         Returns:
-            (B, hidden_size) or (hidden_size,), float32 (float64 for float64).
+            (B, hidden_size) or (hidden_size,), in the dtype of `hx`, or of `input` without one;
+                float32 under autocast.
         """
         return self._step(input, hx)
 
@@ -144,14 +152,15 @@ class MinLSTMCell(_Cell):
         bias: learn a bias for f, i and v.
         device, dtype: of the weights.
         candidate: "g", "identity" or "tanh", as in `minrnn.mingru`.
-        normalized: divide both gates by their sum, as in `minrnn.minlstm`.
+        normalized, forget_bias: as in `MinLSTM`.
 
     Raises:
-        ValueError: as in `MinGRUCell`.
+        ValueError: as in `MinGRUCell`; or `forget_bias` is given without a bias.
+        TypeError: an argument is of another type.
 
     Example:
         >>> h, c = MinLSTMCell(8, 16)(torch.randn(3, 8))
-        >>> h.shape, h is c
+        >>> h.shape, torch.equal(h, c)
         (torch.Size([3, 16]), True)
     """
 
@@ -167,9 +176,19 @@ class MinLSTMCell(_Cell):
         *,
         candidate: str = "g",
         normalized: bool = True,
+        forget_bias: float = 0.0,
     ) -> None:
+        check_flags({"normalized": normalized})
+        check_forget_bias(forget_bias, bias)
+        # before the weights are drawn, which asks for them
+        self.normalized, self.forget_bias = normalized, forget_bias
         super().__init__(input_size, hidden_size, bias, device, dtype, candidate=candidate)
-        self.normalized = normalized
+
+    def reset_parameters(self) -> None:
+        """As in `MinGRUCell`; then `forget_bias` moves the rows of f, and of i if `normalized`."""
+        super().reset_parameters()
+        if self.bias_ih is not None and self.forget_bias:
+            add_forget_bias(self.bias_ih, self.forget_bias, self.normalized)
 
     def forward(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
@@ -178,18 +197,21 @@ class MinLSTMCell(_Cell):
 
         Args:
             input: (B, input_size), or (input_size,).
-            hx: (B, hidden_size), or (hidden_size,): the state before; of a pair (h_0, c_0), as
-                nn.LSTMCell takes it, c_0 is used. None stands for zeros.
+            hx: (B, hidden_size), or (hidden_size,): the state before, or a pair (h_0, c_0), as in
+                `MinLSTM`. None stands for zeros.
 
         Returns:
-            (h, c): the same tensor, (B, hidden_size) or (hidden_size,), float32 (float64 for
-                float64).
+            (h, c): equal tensors, (B, hidden_size) or (hidden_size,); dtype as in `MinGRUCell`.
+
+        Raises:
+            ValueError: entries of h_0 and c_0 differ and neither is zero.
         """
         h = self._step(input, cell_state(hx))
-        return h, h
+        return h, h.clone()
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.normalized else ", normalized=False")
+        text = super().extra_repr() + ("" if self.normalized else ", normalized=False")
+        return text + (f", forget_bias={self.forget_bias}" if self.forget_bias else "")
 
     def _recur(self, gates: Tensor, h0: Tensor | None, **layout: Any) -> tuple[Tensor, Tensor]:
         return ops.minlstm_fused(gates, h0, self.candidate, self.normalized, **layout)

@@ -1,19 +1,30 @@
 """What layers and cells refuse, with the classes of error that torch's raise, and why."""
 
 from itertools import pairwise
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minrnn.layers.states import autocasts, one_state
 from minrnn.ops.checks import check_tensor
 
-# what autocast casts; float64 and integers it leaves as they are
+# what layers are made of, and what of it autocast casts
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SizeError(ValueError, RuntimeError):
-    """A tensor does not fit: a ValueError, and the RuntimeError that torch's layers raise."""
+    """A shape does not fit: a ValueError, and the RuntimeError that torch's layers raise."""
+
+
+class DeviceError(ValueError, RuntimeError):
+    """A tensor is on another device: a ValueError, and torch's RuntimeError."""
+
+
+class DTypeError(TypeError, ValueError, RuntimeError):
+    """A dtype does not fit: a TypeError, and what torch's layers raise, which differs by layer."""
 
 
 def fx_module_name(module: nn.Module) -> str:
@@ -42,20 +53,16 @@ def check_input(input: Tensor, weight: Tensor, symbols: str) -> None:
             f"got {tuple(input.shape)}"
         )
     if input.device != weight.device:
-        raise SizeError(f"`input` must be on {weight.device} like the weights, got {input.device}")
-    if _autocasts(input.device):
+        raise DeviceError(
+            f"`input` must be on {weight.device} like the weights, got {input.device}"
+        )
+    if autocasts(input.device):
         if input.dtype not in _CAST:
-            raise SizeError(f"`input` must have a dtype that autocast casts, got {input.dtype}")
+            raise DTypeError(f"`input` must have a dtype that autocast casts, got {input.dtype}")
     elif input.dtype != weight.dtype:
-        raise SizeError(
+        raise DTypeError(
             f"`input` must have the dtype of the weights, {weight.dtype}, got {input.dtype}"
         )
-
-
-def _autocasts(device: torch.device) -> bool:
-    """Autocast is enabled for this device."""
-    kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_packed(data: Tensor, batch_sizes: Tensor) -> None:
@@ -74,20 +81,35 @@ def check_packed(data: Tensor, batch_sizes: Tensor) -> None:
 def check_state_kind(hx: Tensor, input: Tensor) -> None:
     """`hx` has the dtype of `input` or of the state, or one that autocast casts; and its device."""
     state = torch.float64 if input.dtype == torch.float64 else torch.float32
-    known = _CAST if _autocasts(input.device) else (input.dtype, state)
+    known = _CAST if autocasts(input.device) else (input.dtype, state)
     if hx.dtype not in known:
         names = " or ".join(dict.fromkeys(str(dtype) for dtype in known))
-        raise SizeError(f"`hx` must have dtype {names}, got {hx.dtype}")
+        raise DTypeError(f"`hx` must have dtype {names}, got {hx.dtype}")
     if hx.device != input.device:
-        raise SizeError(f"`hx` must be on {input.device} like `input`, got {hx.device}")
+        raise DeviceError(f"`hx` must be on {input.device} like `input`, got {hx.device}")
+
+
+def check_flags(flags: dict[str, bool]) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
+
+
+def check_placement(device: Any, dtype: Any) -> None:
+    """Of weights: a device, and a dtype that the operators take."""
+    if not isinstance(device, (str, torch.device, int, NoneType)) or isinstance(device, bool):
+        raise TypeError(f"`device` must be a torch.device or a str, got {type(device).__name__}")
+    if not isinstance(dtype, (torch.dtype, NoneType)):
+        raise TypeError(f"`dtype` must be a torch.dtype, got {type(dtype).__name__}")
+    if dtype is not None and dtype not in _FLOATS:
+        known = ", ".join(str(known) for known in _FLOATS)
+        raise DTypeError(f"`dtype` must be one of {known}, got {dtype}")
 
 
 def check_options(
-    sizes: dict[str, int], bias: bool, batch_first: bool, dropout: float, proj_size: int
+    sizes: dict[str, int], flags: dict[str, bool], dropout: float, proj_size: int
 ) -> None:
-    for name, flag in (("bias", bias), ("batch_first", batch_first)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
+    check_flags(flags)
     check_sizes(sizes)
     check_sizes({"proj_size": proj_size}, at_least=0)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
@@ -95,7 +117,7 @@ def check_options(
 
 
 def cell_state(hx: Any, proj_size: int = 0) -> Tensor | None:
-    """The c_0 of a pair (h_0, c_0) that fit each other; what is no pair is itself.
+    """The one state of a pair (h_0, c_0) that fit each other; what is no pair is itself.
 
     h_0 has the shape of c_0, or as many features as y where that is projected.
     """
@@ -113,8 +135,10 @@ def cell_state(hx: Any, proj_size: int = 0) -> Tensor | None:
     if not fits:
         shapes = f"{tuple(h_0.shape)} and {tuple(c_0.shape)}"
         raise SizeError(f"`hx` must be a pair (h_0, c_0) of one shape, got {shapes}")
-    cast = _autocasts(c_0.device) and h_0.dtype in _CAST and c_0.dtype in _CAST
-    if h_0.device != c_0.device or not (cast or h_0.dtype == c_0.dtype):
+    fits = h_0.dtype == c_0.dtype
+    fits = fits or (autocasts(c_0.device) and h_0.dtype in _CAST and c_0.dtype in _CAST)
+    if h_0.device != c_0.device or not fits:
         kinds = f"{h_0.dtype} on {h_0.device} and {c_0.dtype} on {c_0.device}"
-        raise SizeError(f"`hx` must be a pair (h_0, c_0) of one dtype and device, got {kinds}")
-    return c_0
+        error = DTypeError if h_0.device == c_0.device else DeviceError
+        raise error(f"`hx` must be a pair (h_0, c_0) of one dtype and device, got {kinds}")
+    return one_state(h_0, c_0)

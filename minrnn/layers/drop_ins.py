@@ -1,6 +1,5 @@
 """MinGRU and MinLSTM: the layers that stand in for torch.nn.GRU and torch.nn.LSTM."""
 
-import math
 from typing import Any, overload
 
 import torch
@@ -8,7 +7,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from minrnn import ops
-from minrnn.layers.checks import cell_state
+from minrnn.layers.checks import cell_state, check_flags
+from minrnn.layers.forget_bias import add_forget_bias, check_forget_bias
 from minrnn.layers.stack import Stack
 
 _Pair = tuple[Tensor, Tensor]
@@ -35,8 +35,8 @@ class MinGRU(Stack):
             is never dropped.
         bidirectional: a second direction with weights of its own, from the last step to the first;
             y has both, side by side.
-        device, dtype: of the weights.
         proj_size: features of y after a down-projection; 0 for none. The state keeps hidden_size.
+        device, dtype: of the weights.
         candidate: "g", "identity" or "tanh", as in `minrnn.mingru`.
         learn_h0: learn the state before the first step, `h_0`
             (num_layers * directions, hidden_size), used where a call is given no state.
@@ -59,6 +59,7 @@ class MinGRU(Stack):
         True
     """
 
+    mode = "GRU"
     num_gates = 2
 
     @overload
@@ -79,16 +80,18 @@ class MinGRU(Stack):
 
         Args:
             input: (T, B, input_size), or (B, T, input_size) if `batch_first`; (T, input_size)
-                without a batch; or a PackedSequence, whose padding costs nothing.
+                without a batch; or a PackedSequence, or a nested (B, T, input_size) of jagged
+                layout, each sequence of its own length, for which no padding is computed.
             hx: (num_layers * directions, B, hidden_size), the states before the first step; without
                 B for an input without a batch.
-            reset: bool, of the shape of `input` without features, or packed like it: True lets a
-                step start from zeros, and nothing passes it in either direction.
+            reset: bool, of the shape of `input` without features, packed or nested like it: True
+                lets a step start from zeros, and nothing passes it in either direction.
 
         Returns:
             output: `input` with hidden_size (or proj_size) * directions features, in the dtype of
                 the weights, or of autocast.
-            h_n: like `hx`, float32 (float64 for float64), the states after the last step.
+            h_n: like `hx`, the states after the last step, in its dtype; without one, in that of
+                the weights. Under autocast float32.
         """
         return self._run(input, hx, reset)
 
@@ -112,10 +115,13 @@ class MinLSTM(Stack):
     Args:
         input_size: features of x.
         hidden_size: channels of the state, D.
-        num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `MinGRU`.
-        proj_size, candidate, learn_h0: as in `MinGRU`.
+        num_layers, bias, batch_first, dropout, bidirectional, proj_size: as in `MinGRU`.
+        device, dtype, candidate, learn_h0: as in `MinGRU`.
         normalized: divide both gates by their sum, as in `minrnn.minlstm`.
-        forget_bias: added to the forget gates' biases at the start; > 0 remembers longer.
+        forget_bias: b, how long the layer remembers at the start: f' = sigmoid(b) beside W x = 0, a
+            memory of about 1 / (1 - sigmoid(b)) = 1 + exp(b) steps; 0 gives 2, 4 gives 56. b is
+            added to the biases of f and, with `normalized`, subtracted from those of i: f' would
+            else stay below 2/3.
 
     Raises:
         ValueError: as in `MinGRU`; or `forget_bias` is given without a bias.
@@ -124,10 +130,11 @@ class MinLSTM(Stack):
     Example:
         >>> lstm = MinLSTM(8, 16)
         >>> y, (h_n, c_n) = lstm(torch.randn(10, 3, 8))
-        >>> y.shape, h_n is c_n
+        >>> y.shape, torch.equal(h_n, c_n)
         (torch.Size([10, 3, 16]), True)
     """
 
+    mode = "LSTM"
     num_gates = 3
 
     def __init__(
@@ -139,21 +146,17 @@ class MinLSTM(Stack):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        proj_size: int = 0,
         candidate: str = "g",
         learn_h0: bool = False,
         normalized: bool = True,
         forget_bias: float = 0.0,
     ) -> None:
-        if not isinstance(normalized, bool):
-            raise TypeError(f"`normalized` must be a bool, got {type(normalized).__name__}")
-        if not isinstance(forget_bias, (int, float)) or not math.isfinite(forget_bias):
-            raise ValueError(f"`forget_bias` must be a finite number, got {forget_bias!r}")
-        if forget_bias and not bias:
-            raise ValueError(f"`forget_bias` = {forget_bias} needs `bias` = True, got False")
+        check_flags({"normalized": normalized})
+        check_forget_bias(forget_bias, bias)
         # before the weights are drawn, which asks for them
         self.normalized, self.forget_bias = normalized, forget_bias
         super().__init__(
@@ -164,20 +167,20 @@ class MinLSTM(Stack):
             batch_first,
             dropout,
             bidirectional,
+            proj_size,
             device,
             dtype,
-            proj_size=proj_size,
             candidate=candidate,
             learn_h0=learn_h0,
         )
 
     def reset_parameters(self) -> None:
-        """As in `MinGRU`; `forget_bias` is then added to the rows of f."""
+        """As in `MinGRU`; then `forget_bias` moves the rows of f, and of i if `normalized`."""
         super().reset_parameters()
         if self.forget_bias:
-            with torch.no_grad():
-                for suffix in self._suffixes():
-                    getattr(self, f"bias_ih{suffix}")[: self.hidden_size] += self.forget_bias
+            for suffix in self._suffixes():
+                bias = getattr(self, f"bias_ih{suffix}")
+                add_forget_bias(bias, self.forget_bias, self.normalized)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -201,18 +204,30 @@ class MinLSTM(Stack):
 
         Args:
             input: (T, B, input_size), or (B, T, input_size) if `batch_first`; (T, input_size)
-                without a batch; or a PackedSequence, whose padding costs nothing.
-            hx: (num_layers * directions, B, hidden_size), the states before the first step; of a
-                pair (h_0, c_0), as nn.LSTM takes it, c_0 is used.
+                without a batch; or a PackedSequence, or a nested (B, T, input_size) of jagged
+                layout, each sequence of its own length, for which no padding is computed.
+            hx: (num_layers * directions, B, hidden_size), the states before the first step; or a
+                pair (h_0, c_0) of such, as nn.LSTM takes it, which must stand for one state: where
+                their entries differ, one of the two is zero, and the other one counts.
             reset: as in `MinGRU`.
 
         Returns:
             output: as in `MinGRU`.
-            (h_n, c_n): the states after the last step, twice the same tensor, float32 (float64 for
-                float64).
+            (h_n, c_n): the states after the last step, twice: equal tensors, each as h_n of
+                `MinGRU`.
+
+        Raises:
+            ValueError: entries of h_0 and c_0 differ and neither is zero. While compiling, tracing
+                or exporting, under `torch.func` and in CUDA graphs they become NaN instead.
         """
         output, h_n = self._run(input, cell_state(hx, self.proj_size), reset)
-        return output, (h_n, h_n)
+        return output, (h_n, h_n.clone())
+
+    def get_expected_cell_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        """The shape of c_0, which is that of h_0."""
+        return self.get_expected_hidden_size(input, batch_sizes)
 
     def _recur(self, gates: Tensor, h0: Tensor | None, **layout: Any) -> _Pair:
         return ops.minlstm_fused(gates, h0, self.candidate, self.normalized, **layout)

@@ -11,19 +11,23 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from minrnn import distributed
+from minrnn.layers import nested
 from minrnn.layers.checks import (
     SizeError,
     check_input,
     check_options,
     check_packed,
+    check_placement,
     check_state_kind,
     fx_module_name,
 )
 from minrnn.layers.packed import EndToEnd, num_sequences
+from minrnn.layers.rnn_base import RNNBaseInterface
+from minrnn.layers.states import returned, writable
 from minrnn.ops.checks import check_candidate, check_tensor
 
 
-class Stack(nn.Module):
+class Stack(RNNBaseInterface):
     """Layers of one recurrence, each one fused projection and one operator for each direction."""
 
     num_gates: int
@@ -41,17 +45,19 @@ class Stack(nn.Module):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        proj_size: int = 0,
         candidate: str = "g",
         learn_h0: bool = False,
     ) -> None:
         super().__init__()
         self.__module__ = fx_module_name(self)
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        check_options(sizes, bias, batch_first, dropout, proj_size)
+        flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+        check_options(sizes, flags | {"learn_h0": learn_h0}, dropout, proj_size)
+        check_placement(device, dtype)
         if dropout and num_layers == 1:
             warnings.warn(
                 f"`dropout` acts between layers: {dropout} does nothing with `num_layers` = 1",
@@ -85,15 +91,6 @@ class Stack(nn.Module):
         states = self.num_layers * self._num_directions
         self.h_0 = weight(states, self.hidden_size) if self.learn_h0 else None
 
-    @property
-    def _num_directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    def _suffixes(self) -> list[str]:
-        """Of the weights, in the order of the states: layer by layer, forward before reverse."""
-        ends = ("", "_reverse")[: self._num_directions]
-        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
-
     def reset_parameters(self) -> None:
         """Draw each weight uniformly within 1 / sqrt(its fan-in), biases likewise; h_0 is zero."""
         for suffix in self._suffixes():
@@ -107,9 +104,6 @@ class Stack(nn.Module):
                 nn.init.uniform_(projection, *bounds(self.hidden_size))
         if self.h_0 is not None:
             nn.init.zeros_(self.h_0)
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: torch.nn.GRU has this for cuDNN, and code written for it calls it."""
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
@@ -162,6 +156,8 @@ class Stack(nn.Module):
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, reset)
         check_tensor("input", input)
+        if input.is_nested:
+            return self._run_nested(input, hx, reset)
         if input.dim() not in (2, 3):
             raise ValueError(f"`input` must have 2 or 3 dimensions, got shape {tuple(input.shape)}")
         sizes = "T" if input.dim() == 2 else "B, T" if self.batch_first else "T, B"
@@ -176,6 +172,7 @@ class Stack(nn.Module):
             reset = None if reset is None else reset.unsqueeze(batch_axis)
         h0 = self._first_states(hx, input, input.shape[batch_axis], unbatched)
         y, h_n = self._layers(weights, input, h0, reset, None, not self.batch_first)
+        y, h_n = writable(y), returned(h_n, input, hx)
         return (y.squeeze(batch_axis), h_n.squeeze(1)) if unbatched else (y, h_n)
 
     def _run_packed(
@@ -199,9 +196,24 @@ class Stack(nn.Module):
                 raise ValueError("`reset` must be packed like `input`, a bool for each step")
             starts = layout.lay_out(reset.data)
         y, h_n = self._layers(weights, layout.lay_out(data), h0, starts, layout.cu_seqlens, False)
+        h_n = returned(h_n, data, hx)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
         return PackedSequence(layout.pack(y), batch_sizes, sorted_indices, unsorted_indices), h_n
+
+    def _run_nested(self, input: Tensor, hx: Tensor | None, reset: Any) -> tuple[Tensor, Tensor]:
+        if self.time_group is not None:
+            raise ValueError("`input` must not be nested where processes share its time")
+        data, cu_seqlens = nested.end_to_end(input)
+        weights = self._weights()
+        check_input(data, weights[0][0], "(B, T, input_size)")
+        h0 = self._first_states(hx, data, input.shape[0], unbatched=False)
+        starts = None if reset is None else nested.resets(reset, cu_seqlens)[None]
+        if not len(data):
+            # nothing to start
+            starts = None
+        y, h_n = self._layers(weights, data[None], h0, starts, cu_seqlens, False)
+        return nested.nest(writable(y)[0], cu_seqlens), returned(h_n, data, hx)
 
     def _weights(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
         """Weight, bias and projection of each layer and direction.
