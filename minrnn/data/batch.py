@@ -23,9 +23,7 @@ class Batch:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with `function` applied to each of its tensors, e.g. a slice."""
         cpu_mask = None if self.cpu_mask is None else function(self.cpu_mask)
-        return Batch(
-            function(self.inputs), function(self.targets), function(self.mask), cpu_mask
-        )
+        return Batch(function(self.inputs), function(self.targets), function(self.mask), cpu_mask)
 
     def rows(self, which: slice) -> "Batch":
         """The rows `which`."""
