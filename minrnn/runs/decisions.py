@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from minrnn import acting, checkpoint, ranks
+from minrnn import acting, checkpoint, generators, ranks
 from minrnn.data import trajectory_files
 from minrnn.data.trajectories import TARGET_RETURNS, Trajectories, value_of
 from minrnn.decision import DecisionModel
@@ -68,10 +68,15 @@ def go_on(folder: Path) -> Result:
     """
     config, saved = read(folder), checkpoint.read_config(folder)
     data = _read(config)
-    if saved.get("data_sha256") != trajectory_files.fingerprint(data):
-        raise ValueError(f"the data of {folder} has changed since its training began")
-    torch.manual_seed(config.train.seed)
-    model = checkpoint.build_model(folder / "config.json", saved)
+
+    def check() -> None:
+        if saved.get("data_sha256") != trajectory_files.fingerprint(data):
+            raise ValueError(f"the data of {folder} has changed since its training began")
+
+    ranks.on_first(check)
+    with generators.kept():
+        torch.manual_seed(config.train.seed)
+        model = checkpoint.build_model(folder / "config.json", saved)
     assert isinstance(model, DecisionModel)
     _scale(model, data, saved["actions"])
     tokens = config.train.batch_size * config.context
@@ -97,7 +102,7 @@ def read(folder: Path) -> RlConfig:
         if fields["reference"] is not None:
             fields["reference"] = tuple(map(float, fields["reference"]))
         fields["model"] = checkpoint.read_decision_config(fields["model"])
-        fields["train"] = TrainConfig(**fields["train"])
+        fields["train"] = TrainConfig.saved(fields["train"])
         return RlConfig(**fields)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
