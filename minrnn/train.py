@@ -140,7 +140,8 @@ class _Loop:
         self.ranks = ranks.of(config.time_ranks)
         launched = launching.launch(model, config, self.ranks, folder)
         self.accelerator, self.model, self.optimizer, self.prepared = launched
-        self.raw_model = self.accelerator.unwrap_model(self.model)
+        # names of weights are those of the model inside
+        self.raw_model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.saved = training_state.Training(self.raw_model, self.optimizer, self.ranks)
         if not self.raw_model.training:
             self.raw_model.train()
