@@ -11,18 +11,21 @@ of processes, so that any number of them can continue from it, sharing them or n
 
 import hashlib
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minrnn import checkpoint, ranks
@@ -65,6 +68,9 @@ def save(
     tensors = _tensors(training)
     shared = {name: x for name, x in tensors.items() if isinstance(x, DTensor)}
     own = {name: x for name, x in tensors.items() if name not in shared}
+    # one parameter with two names is written once
+    tied = {name: first for name, first in _tied(training.model).items() if name in shared}
+    shared = {name: x for name, x in shared.items() if name not in tied}
     for number, state in enumerate(carried):
         if state is not None:
             for name, x in state.flatten().items():
@@ -75,7 +81,7 @@ def save(
     def write() -> None:
         kept = dict(notes())
         if written is not None:
-            kept["shards"] = {"folder": shards.name, "sha256": written}
+            kept["shards"] = {"folder": shards.name, "sha256": written, "tied": tied}
         checkpoint.write_tensors(folder / FILE, own, kept)
         _remove_shards(folder, shards.name if shared else None)
 
@@ -161,7 +167,7 @@ def _tensors(training: Training) -> dict[str, Tensor]:
     return tensors
 
 
-def _write_shards(shards: Path, tensors: dict[str, Tensor], among: Ranks) -> dict[str, str]:
+def _write_shards(shards: Path, tensors: Mapping[str, Tensor], among: Ranks) -> dict[str, str]:
     """Write this process's parts of `tensors` to a new folder; the digests of all files."""
 
     def make() -> None:
@@ -173,8 +179,8 @@ def _write_shards(shards: Path, tensors: dict[str, Tensor], among: Ranks) -> dic
     # this format has no pickle in it, as the default one has
     writer = HuggingFaceStorageWriter(str(shards), files, save_distributed=True)
     try:
-        dcp.save(dict(tensors), storage_writer=writer)
-    except dcp.CheckpointException as error:
+        state_dict_saver.save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:
         reasons = sorted({str(failure[0]) for failure in error.failures.values()})
         raise checkpoint.SaveError(
             f"cannot save {shards}: {'; '.join(reasons)}; the save before is whole"
@@ -205,6 +211,7 @@ def _read_shards(
     try:
         # a name is no path to somewhere else
         shards, digests = folder / Path(saved["folder"]).name, dict(saved["sha256"])
+        tied = dict(saved["tied"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     _check(shards, digests, training.ranks)
@@ -215,6 +222,7 @@ def _read_shards(
     found: dict[str, Tensor] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         kind, _, rest = name.partition(".")
+        assert isinstance(stored, TensorStorageMetadata)
         own = like.get(rest if kind == "model" else rest.rpartition(".")[0])
         if own is None or own.shape != stored.size:
             raise ValueError(
@@ -222,7 +230,21 @@ def _read_shards(
                 f"{'none' if own is None else tuple(own.shape)}, got {tuple(stored.size)}"
             )
         found[name] = torch.empty_like(own, requires_grad=False)
-    dcp.load(found, storage_reader=reader, no_dist=training.ranks.count == 1)
+    with warnings.catch_warnings():
+        # that this is one process
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        state_dict_loader.load(found, storage_reader=reader, no_dist=training.ranks.count == 1)
+    return found | {name: found[first] for name, first in tied.items() if first in found}
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """The further names of parameters that have several, and the first of each."""
+    firsts: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = firsts.setdefault(id(parameter), name)
+        if first != name:
+            found[f"model.{name}"] = f"model.{first}"
     return found
 
 

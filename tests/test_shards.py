@@ -15,6 +15,7 @@ from shards import figures
 from test_ranks import CONFIG as LONG
 from test_ranks import _curve, _train
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from minrnn import checkpoint, ranks, training_state
 from minrnn.data import text
@@ -25,12 +26,43 @@ CONFIG = replace(LONG, steps=12, eval_every=4, warmup_steps=2, min_learning_rate
 LAST = Path("training_state", "last.safetensors")
 
 
+class _Odd(nn.Module):
+    """Sizes that two processes cannot share evenly, and some that they cannot share at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few = nn.Linear(3, 1)
+        self.odd = nn.Linear(5, 7)
+        self.scalar = nn.Parameter(torch.randn(1))
+        self.norm = nn.BatchNorm1d(7)
+        self.tied = nn.Linear(5, 7)
+        self.tied.weight = self.odd.weight
+
+
+def _check_odd(folder: Path) -> None:
+    torch.manual_seed(0)
+    among = ranks.of()
+    model = _Odd().double()
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for number, p in enumerate(model.parameters()):
+        p.grad = torch.ones_like(p) * number
+    optimizer.step()
+    training = training_state.Training(model, optimizer, among)
+    training_state.save(folder, training, [], lambda: {"step": 3}, 3)
+    wanted = {name: training_state.whole(x) for name, x in model.state_dict().items()}
+    moments = [training_state.whole(s["exp_avg"]) for s in optimizer.state.values()]
+    if ranks.is_first():
+        torch.save((wanted, moments), folder / "wanted.pt")
+
+
 def _sharded(folder: Path, steps: int, order: str = "consecutive") -> None:
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     _train(folder, replace(CONFIG, steps=steps), order)
 
 
 def _check_sharded(folder: Path) -> None:
+    _check_odd(folder / "odd")
     _sharded(folder / "four", 4)
     # what the parts are: no process has written a whole tensor that it shares
     shards = folder / "four" / "training_state" / "shards-00000004"
@@ -59,6 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.build(write_text(folder / "text.txt"), folder / "corpus", "bytes", 0.1)
     _train(folder / "plain", replace(CONFIG, steps=4), "consecutive")
     _train(folder / "one", CONFIG, "consecutive")
+    (folder / "odd").mkdir()
     on_ranks(2, _check_sharded, folder)
     return folder
 
@@ -151,44 +184,11 @@ def test_shards_of_another_model_are_refused(folder) -> None:
         training_state.restore(run / "training_state", training)
 
 
-class _Odd(nn.Module):
-    """Sizes that four processes cannot share evenly, and some that they cannot share at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.few = nn.Linear(3, 1)
-        self.odd = nn.Linear(5, 7)
-        self.scalar = nn.Parameter(torch.randn(1))
-        self.norm = nn.BatchNorm1d(7)
-        self.tied = nn.Linear(5, 7)
-        self.tied.weight = self.odd.weight
-
-
-def _check_odd(folder: Path) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    torch.manual_seed(0)
-    among = ranks.of()
-    model = _Odd().double()
-    fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for number, p in enumerate(model.parameters()):
-        p.grad = torch.ones_like(p) * number
-    optimizer.step()
-    training = training_state.Training(model, optimizer, among)
-    training_state.save(folder, training, [], lambda: {"step": 3}, 3)
-    wanted = {name: training_state.whole(x) for name, x in model.state_dict().items()}
-    moments = [training_state.whole(s["exp_avg"]) for s in optimizer.state.values()]
-    if ranks.is_first():
-        torch.save((wanted, moments), folder / "wanted.pt")
-
-
-def test_parameters_that_cannot_be_shared_evenly(tmp_path) -> None:
-    on_ranks(4, _check_odd, tmp_path)
+def test_parameters_that_cannot_be_shared_evenly(folder) -> None:
     model = _Odd().double()
     optimizer = torch.optim.AdamW(model.parameters())
-    training_state.restore(tmp_path, training_state.Training(model, optimizer, ranks.Ranks()))
-    wanted, moments = torch.load(tmp_path / "wanted.pt", weights_only=True)
+    training_state.restore(folder / "odd", training_state.Training(model, optimizer, ranks.Ranks()))
+    wanted, moments = torch.load(folder / "odd" / "wanted.pt", weights_only=True)
     for name, x in model.state_dict().items():
         assert torch.equal(x, wanted[name]), name
     found = [optimizer.state[p]["exp_avg"] for p in model.parameters()]

@@ -12,7 +12,7 @@ import torch
 from ranks import on_ranks
 from torch import Tensor, nn
 
-from minrnn import checkpoint, losses
+from minrnn import checkpoint, gradients, losses
 from minrnn.data import text
 from minrnn.data.batch import Batch
 from minrnn.data.windows import Windows
@@ -183,6 +183,36 @@ def test_an_error_of_a_task_is_raised_where_it_is_trained(tmp_path) -> None:
     assert threading.active_count() == before
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+@pytest.mark.parametrize("empty", [0, 5, 16])
+def test_a_micro_batch_does_not_wait_for_the_device(chunk, empty) -> None:
+    """On a device without content: whatever would be read from it is an error."""
+    device = torch.device("meta")
+    model = LanguageModel(MODEL).to(device)
+    batch = Uneven(empty).batch(16, (0, 0, 0)).to(device)
+    count = torch.full((), 50.0, dtype=torch.float64, device=device)
+    for total in (50, count):
+        loss, _ = gradients.backward(model, losses.next_symbol, batch, chunk=chunk, count=total)
+        assert loss.device == device
+    actions = torch.empty(16, 12, 3, device=device, requires_grad=True)
+    wide = Batch(batch.inputs, torch.empty(16, 12, 3, device=device), batch.mask, batch.cpu_mask)
+    if wide.num_targets:
+        losses.action_error(actions, wide).backward()
+    with pytest.raises(RuntimeError, match="meta"):
+        # of a mask that has never been on the CPU nothing is known
+        _ = Batch(batch.inputs, batch.targets, batch.mask).num_targets
+
+
+def test_parts_of_a_batch_keep_what_was_counted() -> None:
+    batch = Uneven().batch(16, (0, 0, 0))
+    there = batch.to(torch.device("meta"))
+    for one, other in ((batch, there), (batch.rows(slice(3, 9)), there.rows(slice(3, 9)))):
+        assert one.num_targets == other.num_targets == int(one.mask.sum())
+    full = Batch(batch.inputs, batch.targets, torch.ones_like(batch.mask))
+    assert full.places is None
+    assert torch.equal(batch.places, batch.mask.flatten().nonzero()[:, 0])
 
 
 class _Plain(nn.Module):
