@@ -106,9 +106,10 @@ def unprepared(model: nn.Module) -> Iterator[None]:
     """A block before and after which `model` runs as its class says, or as its caller prepared it.
 
     Accelerate puts autocast around `forward` for good, and takes no notice of a model that it
-    prepared before.
+    prepared before. A model whose time is split would take parts of sequences from then on.
     """
     own = vars(model)
+    groups = [(m, m.time_group) for m in model.modules() if "time_group" in vars(m)]
     before = {name: own[name] for name in _MARKS if name in own}
     own.pop("_is_accelerate_prepared", None)
     try:
@@ -117,6 +118,8 @@ def unprepared(model: nn.Module) -> Iterator[None]:
         for name in _MARKS:
             own.pop(name, None)
         own.update(before)
+        for module, group in groups:
+            module.time_group = group
 
 
 def _accelerator(config: TrainConfig, ranks: Ranks, model: nn.Module, folder: Path) -> Accelerator:

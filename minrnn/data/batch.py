@@ -30,15 +30,14 @@ class Batch:
         return self.map(lambda x: x[which])
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on `device`; from pinned memory without waiting for it."""
-        inputs, targets, mask = (
-            x.to(device, non_blocking=x.is_pinned()) if x.device.type == "cpu" else x.to(device)
-            for x in (self.inputs, self.targets, self.mask)
-        )
-        return Batch(inputs, targets, mask, None if mask.device.type == "cpu" else self._counted)
+        """The same on `device`, which is not waited for."""
+        inputs, targets, mask = (_moved(x, device) for x in (self.inputs, self.targets, self.mask))
+        counted = self._counted
+        is_needed = mask.device.type != "cpu" and counted.device.type == "cpu"
+        return Batch(inputs, targets, mask, counted if is_needed else None)
 
     def pinned(self) -> "Batch":
-        """The same in pinned memory of the CPU, which `to` copies from without waiting."""
+        """The same in pinned memory of the CPU, from which `to` has less to do."""
         return self.map(Tensor.pin_memory)
 
     @property
@@ -52,13 +51,15 @@ class Batch:
         counted = self._counted
         if bool(counted.all()):
             return None
-        places = counted.flatten().nonzero()[:, 0]
-        if places.device == self.mask.device:
-            return places
-        if self.mask.device.type == "cuda":
-            places = places.pin_memory()
-        return places.to(self.mask.device, non_blocking=places.is_pinned())
+        return _moved(counted.flatten().nonzero()[:, 0], self.mask.device)
 
     @property
     def _counted(self) -> Tensor:
         return self.mask if self.cpu_mask is None else self.cpu_mask
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    if x.device.type == "cpu" and device.type == "cuda":
+        # from other memory a copy waits for all that the device has to do
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
