@@ -70,6 +70,8 @@ def _trained(folder: Path, task: object, config: TrainConfig = CONFIG) -> tuple[
     model = model.double() if config.precision == "no" else model
     seen: list[Event] = []
     train(model, task, config, folder, seen.append)
+    # whole sequences again, whoever shared their time
+    assert all(getattr(module, "time_group", None) is None for module in model.modules())
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     return weights, [x for event in seen for x in (event.loss, event.valid_loss) if x is not None]
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,15 +44,20 @@ class Batch:
     @property
     def num_targets(self) -> int:
         """How many targets count."""
-        return int(self._counted.sum())
+        counted = self._counted
+        # by numpy: no operator of torch runs for it
+        on_cpu = counted.device.type == "cpu"
+        return int(np.count_nonzero(counted.numpy())) if on_cpu else int(counted.sum())
 
     @property
     def places(self) -> Tensor | None:
         """(num_targets,): which of the B * T targets count, in their order; None if all do."""
         counted = self._counted
-        if bool(counted.all()):
+        if self.num_targets == counted.numel():
             return None
-        return _moved(counted.flatten().nonzero()[:, 0], self.mask.device)
+        if counted.device.type != "cpu":
+            return counted.flatten().nonzero()[:, 0]
+        return _moved(torch.from_numpy(np.flatnonzero(counted.numpy())), self.mask.device)
 
     @property
     def _counted(self) -> Tensor:
