@@ -4,6 +4,7 @@
     model.safetensors                 the weights with the best validation loss, and in the same
                                       file all that `load` needs: the model's shape, the tokenizer
     training_state/last.safetensors   weights, optimizer moments and counters of the last save
+    training_state/shards-STEP/       those of them that processes share: a part in each file
     corpus/                           the text as ids
     metrics.jsonl                     one line a measurement
     tensorboard/, loss.png
@@ -12,11 +13,12 @@ Every file is written under a temporary name, synced and renamed; tensors carry 
 pickle is written or read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +28,11 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from minrnn import tensor_files
 from minrnn.data import tokenizers
 from minrnn.data.tokenizers import Tokenizer
 from minrnn.decision import DecisionConfig, DecisionModel
-from minrnn.files import write_atomically
+from minrnn.files import replacing, write_atomically
 from minrnn.models import LanguageModel, ModelConfig
 
 FORMAT = "minrnn.run/1"
@@ -143,8 +146,13 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(model.eval(), tokenizer)
 
 
-def save_weights(folder: Path, weights: Mapping[str, Tensor], step: int) -> None:
-    """Write the weights of the run `folder` as they were at `step`.
+def save_weights(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    step: int,
+    read: Callable[[Tensor], Tensor] = lambda x: x,
+) -> None:
+    """Write the weights of the run `folder` as they were at `step`; `read` as in `write_tensors`.
 
     With them goes what its `config.json` says of the model and the tokenizer.
     """
@@ -152,7 +160,7 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], step: int) -> None
     kept = ("model", "decision_model", "tokenizer")
     notes = {name: config[name] for name in kept if name in config}
     notes["step"] = step
-    write_tensors(folder / WEIGHTS, weights, notes)
+    write_tensors(folder / WEIGHTS, weights, notes, read)
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -219,13 +227,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    notes: Mapping[str, Any],
+    read: Callable[[Tensor], Tensor] = lambda x: x,
+) -> None:
     """Write tensors and a few JSON values, with a checksum over both.
+
+    Args:
+        path: the file.
+        tensors: by name; written one after the other, so that no second copy of all is held.
+        notes: the values.
+        read: called on each of `tensors` in the order of their names; what it returns is written.
 
     Raises:
         SaveError: the folder cannot be written to, or the disk is full; the old file stays.
     """
-    _write(path, to_bytes(tensors, notes))
+    metadata = {"format": FORMAT, "notes": json.dumps(notes, sort_keys=True)}
+    digest = hashlib.sha256(metadata["notes"].encode("utf-8"))
+    with _saving(path), replacing(path) as file:
+        tensor_files.write(file, tensors, metadata, digest, read)
 
 
 def to_bytes(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> bytes:
@@ -253,6 +275,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
     return tensors, _checked_notes(str(path), tensors, metadata)
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """The JSON values that `write_tensors` wrote; of the tensors nothing is read or checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, or another kind of file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"it must have format {FORMAT!r}, got {metadata.get('format')!r}")
+        return json.loads(metadata["notes"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from error
 
 
 def from_bytes(content: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -286,8 +327,14 @@ def _checked_notes(
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with _saving(path):
         write_atomically(path, content)
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         kept = "the file that was there is whole" if path.exists() else "nothing was written"
         raise SaveError(f"cannot save {path}: {error.strerror or error}; {kept}") from error
@@ -296,7 +343,5 @@ def _write(path: Path, content: bytes) -> None:
 def _digest(tensors: Mapping[str, Tensor], notes: str) -> str:
     digest = hashlib.sha256(notes.encode("utf-8"))
     for name in sorted(tensors):
-        x = tensors[name]
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+        tensor_files.update(digest, name, tensors[name])
     return digest.hexdigest()

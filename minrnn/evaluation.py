@@ -21,11 +21,11 @@ def evaluate(
     """Measure the mean loss over all targets of `batches`, with dropout off.
 
     Args:
-        model: left in the mode (training or not) that it was in.
-        loss: (answers, batch) -> the mean over the targets of the batch that count.
+        model: it and each of its parts are left in the mode (training or not) that they were in.
+        loss: (outputs, batch) -> the mean over the targets of the batch that count.
         batches: brought to the device of the model.
         among: the processes that share the batches; all of them must call this.
-        streams: each row goes on where that of the batch before ended, and so does its state; the
+        streams: each row continues where that of the batch before ended, and so does its state; the
             processes then share the rows of each batch, in place of the batches.
 
     Returns:
@@ -34,23 +34,42 @@ def evaluate(
     Raises:
         ValueError: no target counts.
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    total, num_targets = 0.0, 0
-    device = next(model.parameters()).device
-    state = None
-    for batch, counts in _rows(batches, among) if streams else _shares(batches, among):
-        batch = among.part(batch).to(device)
-        answers, behind = model(batch.inputs, state)
-        state = behind if streams else None
-        if counts and (count := batch.num_targets):
-            total += loss(answers, batch).item() * count
-            num_targets += count
-    model.train(training)
-    total, num_targets = among.sums(total, num_targets)
+    try:
+        losses, counts = _losses(model, loss, batches, among, streams)
+    finally:
+        for module, training in modes:
+            module.training = training
+    # the device is waited for once, here
+    means = torch.stack(losses).tolist() if losses else []
+    total = sum((mean * count for mean, count in zip(means, counts, strict=True)), 0.0)
+    total, num_targets = among.sums(total, sum(counts))
     if num_targets == 0:
         raise ValueError("`batches` must hold at least one target, got none")
     return total / num_targets
+
+
+def _losses(
+    model: nn.Module,
+    loss: Callable[[Tensor, Batch], Tensor],
+    batches: Iterable[Batch],
+    among: Ranks,
+    streams: bool,
+) -> tuple[list[Tensor], list[int]]:
+    """The mean loss of each batch of this process that has targets, and how many it has."""
+    losses: list[Tensor] = []
+    counts: list[int] = []
+    device = next(model.parameters()).device
+    state = None
+    for batch, is_own in _rows(batches, among) if streams else _shares(batches, among):
+        batch = among.part(batch).to(device)
+        outputs, last = model(batch.inputs, state)
+        state = last if streams else None
+        if is_own and (count := batch.num_targets):
+            losses.append(loss(outputs, batch))
+            counts.append(count)
+    return losses, counts
 
 
 def _shares(batches: Iterable[Batch], among: Ranks) -> Iterator[tuple[Batch, bool]]:

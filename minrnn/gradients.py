@@ -1,4 +1,4 @@
-"""Gradients of a loss over a sequence: of all of it at once, or exactly so piece by piece."""
+"""Gradients of a loss over a sequence: of all of it at once, or the same chunk by chunk."""
 
 import contextlib
 from collections.abc import Callable
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minrnn import generators
 from minrnn.data.batch import Batch
+from minrnn.ops.torch_kernels import widen
 from minrnn.state import State
 
 Loss = Callable[[Tensor, Batch], Tensor]
@@ -19,33 +21,38 @@ def backward(
     batch: Batch,
     *,
     chunk: int = 0,
-    count: float | None = None,
+    count: float | Tensor | None = None,
     state: State | None = None,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     unsynced: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> tuple[Tensor, State]:
     """Add the gradient of the mean loss of a batch to that of the parameters.
 
-    With `chunk` the sequence is run twice, and its activations are kept for `chunk` steps only.
-    First forward, keeping the states between the pieces; then from the last piece to the first,
-    each run again from the state before it, and its gradient taken of its share of the loss and of
-    the state behind it, for which the next piece has told the gradient dL/dh. That is the gradient
-    of the whole sequence, not a truncated one, in O(chunk) activations and T / chunk states.
+    With `chunk` the sequence is run twice, and activations are kept for `chunk` steps only: first
+    forward, keeping the states between the chunks; then from the last chunk to the first, each is
+    run again from the state before it, and differentiated with the gradient dL/dh of the state
+    after it. That is the gradient of the whole sequence, not a truncated one, in O(chunk)
+    activations and T / chunk states.
+
+    A chunk draws the same random numbers (dropout) both times, on every device, and torch's
+    generators continue as if it had been run once. As in `torch.utils.checkpoint`, layers that draw
+    from the generators of numpy or Python, or that count their calls, are run twice.
 
     Args:
-        model: maps (B, T) or (B, T, features) and a state to answers and the next state.
-        loss: (answers, batch) -> the mean over the targets that count.
+        model: maps (B, T) or (B, T, features) and a state to outputs and the next state.
+        loss: (outputs, batch) -> the mean over the targets that count.
         batch: T steps.
-        chunk: steps of a piece, at most; 0 for all T at once.
-        count: targets that the mean is over; None for those of `batch`, of which there must then
-            be one. Another number is for a batch that is a share of a larger one.
+        chunk: steps of a chunk, at most; 0 for all T at once.
+        count: number of targets that the mean is over, > 0; None for those of `batch`, of which
+            there must then be one. Another number is for a batch that is a part of a larger one;
+            a part without targets then has loss 0 and gradient 0.
         state: before the first step; no gradient is taken of it.
         scale: what the gradient is taken of, made from the loss.
-        unsynced: around every piece but the last one run, e.g. for DistributedDataParallel.
+        unsynced: around every chunk but the last one run, e.g. for DistributedDataParallel.
 
     Returns:
         loss: the mean loss, a scalar, without a graph.
-        state: the state behind the last step, without a graph.
+        state: the state after the last step, without a graph.
 
     Raises:
         ValueError: `chunk` < 0, or no target counts.
@@ -66,77 +73,78 @@ def backward(
     if chunk < 0:
         raise ValueError(f"`chunk` must be >= 0, got {chunk}")
     T = batch.inputs.shape[1]
-    count = batch.num_targets if count is None else count
-    if not count:
-        raise ValueError("`batch` must hold at least one target, got none")
+    if count is None:
+        count = batch.num_targets
+        if not count:
+            raise ValueError("`batch` must hold at least one target, got none")
     if not 0 < chunk < T:
-        answers, last = model(batch.inputs, state)
-        value = _share(loss, answers, batch, count)
+        outputs, last = model(batch.inputs, state)
+        value = _share(loss, outputs, batch, count)
         scale(value).backward()
         return value.detach(), last.map(Tensor.detach)
-    pieces = [_cut(batch, first, first + chunk) for first in range(0, T, chunk)]
-    return _piece_by_piece(model, loss, pieces, count, state, scale, unsynced)
+    chunks = [_cut(batch, first, first + chunk) for first in range(0, T, chunk)]
+    return _chunk_by_chunk(model, loss, chunks, count, state, scale, unsynced)
 
 
-def _piece_by_piece(
+def _chunk_by_chunk(
     model: Callable[..., tuple[Tensor, State]],
     loss: Loss,
-    pieces: list[Batch],
-    count: float,
+    chunks: list[Batch],
+    count: float | Tensor,
     state: State | None,
     scale: Callable[[Tensor], Tensor],
     unsynced: Callable[[], contextlib.AbstractContextManager[Any]],
 ) -> tuple[Tensor, State]:
-    """`backward` over the pieces of a sequence, from the last to the first."""
-    # every piece draws the same dropout both times
-    seed = torch.initial_seed()
-    states = _states_before(model, pieces, state, seed)
-    total, behind, last = torch.zeros((), device="cpu"), None, None
-    for number in reversed(range(len(pieces))):
-        piece, before = pieces[number], _leaf(states.pop())
-        _seed(seed, number)
+    """`backward` over the chunks of a sequence, from the last to the first."""
+    before = _run_forward(model, chunks, state)
+    losses: list[Tensor] = []
+    gradient, last = None, None
+    for number in reversed(range(len(chunks))):
+        chunk, (start, drawn) = chunks[number], before.pop()
+        start = _leaf(start)
         with unsynced() if number else contextlib.nullcontext():
-            answers, after = model(piece.inputs, before)
-            value = _share(loss, answers, piece, count)
-            _backward(scale(value), after, behind)
-        total = total.to(value) + value.detach()
-        behind = None if before is None else before.map(_gradient)
+            # the last chunk is run once only, and the generators continue from there
+            with contextlib.nullcontext() if drawn is None else generators.kept():
+                if drawn is not None:
+                    generators.set_states(drawn)
+                outputs, after = model(chunk.inputs, start)
+                value = _share(loss, outputs, chunk, count)
+            _backward(scale(value), after, gradient)
+        losses.append(value.detach())
+        gradient = None if start is None else start.map(_gradient)
         last = after.map(Tensor.detach) if last is None else last
-        del answers, after, value
+        del outputs, after, value
     assert last is not None
-    return total, last
+    return torch.stack(losses).sum(), last
 
 
 def _cut(batch: Batch, first: int, stop: int) -> Batch:
-    return Batch(
-        batch.inputs[:, first:stop], batch.targets[:, first:stop], batch.mask[:, first:stop]
-    )
+    return batch.map(lambda x: x[:, first:stop])
 
 
-def _share(loss: Loss, answers: Tensor, batch: Batch, count: float) -> Tensor:
+def _share(loss: Loss, outputs: Tensor, batch: Batch, count: float | Tensor) -> Tensor:
     """What `batch` adds to a mean over `count` targets."""
     own = batch.num_targets
     if not own:
-        # the loss of nothing, which still takes part in what processes exchange
-        return answers.sum() * 0
-    value = loss(answers, batch)
+        # the sum of no numbers: a loss that still takes part in what processes exchange
+        return widen(outputs[..., :0]).sum()
+    value = loss(outputs, batch)
+    if isinstance(count, Tensor):
+        # of processes: no one waits for the device to learn the number
+        return value * (own / count).to(value.dtype)
     return value if own == count else value * (own / count)
 
 
 @torch.no_grad()
-def _states_before(
-    model: Callable[..., tuple[Tensor, State]], pieces: list[Batch], state: State | None, seed: int
-) -> list[State | None]:
-    """The state before each piece."""
-    states = [state]
-    for number, piece in enumerate(pieces[:-1]):
-        _seed(seed, number)
-        states.append(model(piece.inputs, states[-1])[1])
-    return states
-
-
-def _seed(seed: int, number: int) -> None:
-    torch.manual_seed((seed + 0x9E3779B97F4A7C15 * number) % (1 << 63))
+def _run_forward(
+    model: Callable[..., tuple[Tensor, State]], chunks: list[Batch], state: State | None
+) -> list[tuple[State | None, list[Tensor] | None]]:
+    """Before each chunk: the state, and those of the generators (None: it has not drawn yet)."""
+    before: list[tuple[State | None, list[Tensor] | None]] = []
+    for chunk in chunks[:-1]:
+        before.append((state, generators.states()))
+        state = model(chunk.inputs, state)[1]
+    return [*before, (state, None)]
 
 
 def _leaf(state: State | None) -> State | None:
@@ -146,12 +154,12 @@ def _leaf(state: State | None) -> State | None:
     return state.map(lambda x: x.detach().requires_grad_(x.is_floating_point()))
 
 
-def _backward(value: Tensor, after: State, behind: State | None) -> None:
-    """The gradient of `value`, and of the state `after`, whose own is `behind`."""
+def _backward(value: Tensor, after: State, gradient: State | None) -> None:
+    """Differentiate `value`, and the state `after` by its `gradient`."""
     roots: list[Tensor] = [value]
     grads: list[Tensor | None] = [None]
-    if behind is not None:
-        gradients = behind.flatten()
+    if gradient is not None:
+        gradients = gradient.flatten()
         for name, x in after.flatten().items():
             if x.requires_grad:
                 roots.append(x)

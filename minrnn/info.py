@@ -58,7 +58,7 @@ def describe_run(folder: Path) -> Iterator[str]:
     if text is not None:
         yield f"text {text.data or 'tiny Shakespeare'} as {text.tokenizer}"
     if text is not None and text_data.is_corpus(folder / "corpus"):
-        corpus = text_runs.corpus_of(folder, text)
+        corpus = text_runs.corpus_of(folder, text, check=False)
         valid = corpus.num_tokens - corpus.num_train
         yield f"symbols {corpus.num_train:,} to train on, {valid:,} to validate on"
     rl = decisions.read(folder) if "trajectories" in config else None

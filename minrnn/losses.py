@@ -1,4 +1,4 @@
-"""Losses of what a model answered, over the targets of a Batch that count."""
+"""Losses of a model's outputs, over the targets of a Batch that count."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,10 +19,8 @@ def next_symbol(logits: Tensor, batch: Batch) -> Tensor:
     Returns:
         A scalar, float32 (float64 for float64).
     """
-    # (B, T, V) to (num_targets, V)
-    chosen = logits.flatten(0, 1) if batch.mask.all() else logits[batch.mask]
-    targets = batch.targets.flatten() if batch.mask.all() else batch.targets[batch.mask]
-    return F.cross_entropy(widen(chosen), targets)
+    logits, targets = _counted(logits, batch)
+    return F.cross_entropy(widen(logits), targets)
 
 
 def action_error(actions: Tensor, batch: Batch) -> Tensor:
@@ -37,5 +35,12 @@ def action_error(actions: Tensor, batch: Batch) -> Tensor:
     Returns:
         A scalar, float32 (float64 for float64).
     """
-    # (B, T, A) to (num_targets, A)
-    return F.mse_loss(widen(actions[batch.mask]), batch.targets[batch.mask])
+    actions, targets = _counted(actions, batch)
+    return F.mse_loss(widen(actions), targets)
+
+
+def _counted(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Outputs (num_targets, ...) and targets that count, of (B, T, ...)."""
+    places = batch.places
+    outputs, targets = outputs.flatten(0, 1), batch.targets.flatten(0, 1)
+    return (outputs, targets) if places is None else (outputs[places], targets[places])

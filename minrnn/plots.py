@@ -8,10 +8,16 @@ from matplotlib.figure import Figure
 from minrnn.files import replacing
 
 
-def draw_loss(folder: Path) -> Path:
-    """Draw the losses in `metrics.jsonl` over the steps, as `loss.png` in the run folder."""
+def draw_loss(folder: Path) -> Path | None:
+    """Draw the losses in `metrics.jsonl` over the steps, as `loss.png` in the run folder.
+
+    Returns:
+        The picture; None if there is no loss yet, e.g. of a training that was stopped at once.
+    """
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
+    if not any("loss" in row or "valid_loss" in row for row in rows):
+        return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key, label, style in (

@@ -87,7 +87,7 @@ class Ranks:
             # (B, T, ...) -> (B, pieces, num_time, own, ...) -> (B, pieces * own, ...)
             return x.unflatten(1, (-1, self.num_time, own))[:, :, self.time].flatten(1, 2)
 
-        return Batch(steps(batch.inputs), steps(batch.targets), steps(batch.mask))
+        return batch.map(steps)
 
     def all_rows(self, x: Tensor) -> Tensor:
         """The rows (B, ...) that the processes have of `x`, one share after the other."""
@@ -96,6 +96,14 @@ class Ranks:
         told = [torch.empty_like(x) for _ in range(self.count)]
         dist.all_gather(told, x.contiguous())
         return torch.cat(told[:: self.num_time])
+
+    def sum_on(self, device: torch.device, value: float) -> float | Tensor:
+        """The sum of `value` over all processes; of several a scalar that is not waited for."""
+        if self.count == 1:
+            return value
+        total = torch.full((), value, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total
 
     def sums(self, *values: float) -> list[float]:
         """The sum of each value over all processes."""

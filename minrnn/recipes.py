@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from minrnn.configs import check_fields
 from minrnn.data.tokenizers import Kind, bpe_size
@@ -71,7 +71,6 @@ RECIPES: dict[RecipeName, TextConfig] = {
             steps=1200,
             batch_size=32,
             learning_rate=4e-3,
-            min_learning_rate=4e-4,
             warmup_steps=50,
             eval_every=100,
         ),
@@ -80,6 +79,29 @@ RECIPES: dict[RecipeName, TextConfig] = {
 
 
 RlRecipeName = Literal["paper", "cpu"]
+_Config = TypeVar("_Config", "TextConfig", "RlConfig")
+
+
+def fitted(recipe: _Config, steps: int | None, learning_rate: float | None) -> _Config:
+    """A recipe for other `steps` or another `learning_rate`, whose schedule keeps its shape.
+
+    The warm-up becomes no longer than the training, and the lowest learning rate keeps its ratio to
+    the highest.
+
+    Raises:
+        ValueError: one of the two is out of range.
+    """
+    train, fields = recipe.train, {}
+    if steps is not None:
+        fields["steps"] = steps
+        if train.warmup_steps is not None:
+            fields["warmup_steps"] = max(0, min(train.warmup_steps, steps))
+    if learning_rate is not None:
+        fields["learning_rate"] = learning_rate
+        if train.min_learning_rate is not None:
+            ratio = train.min_learning_rate / train.learning_rate
+            fields["min_learning_rate"] = max(0.0, min(ratio * learning_rate, learning_rate))
+    return replace(recipe, train=replace(train, **fields))
 
 
 @dataclass(frozen=True)

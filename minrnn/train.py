@@ -1,9 +1,10 @@
 """train(): one loop for every task, on Accelerate, whose runs can be killed at any moment.
 
-Every step's randomness (its windows, its dropout) is a function of (seed, step) alone, and a save
-is one file that is renamed into place. A run that was killed therefore goes on from its last save
-to the same weights and metrics, bit for bit on the CPU with the same number of threads. Batch,
-schedule and metrics are those of one process, however many train.
+All random numbers of an update (its windows, its dropout) are a function of (seed, step) alone, and
+a save takes effect when one file is renamed. A run that was killed therefore continues from its
+last save to the same weights and metrics, bit for bit on the CPU with the same number of threads.
+Batch, schedule and metrics are those of one process, however many train, and those of one pass,
+however many micro-batches an update accumulates.
 """
 
 import contextlib
@@ -11,17 +12,17 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from minrnn import checkpoint, gradients, launching, ranks, training_state
+from minrnn import checkpoint, generators, gradients, launching, ranks, training_state
 from minrnn.data.batch import Batch
+from minrnn.data.prefetch import Prefetched
 from minrnn.evaluation import evaluate
 from minrnn.files import locked, remove_leftovers
 from minrnn.interrupts import Interrupts
@@ -33,16 +34,21 @@ class Task(Protocol):
     """What is learnt: batches as a function of the seed, and a loss."""
 
     def batch(self, batch_size: int, seed: tuple[int, ...], rows: slice = slice(None)) -> Batch:
-        """The `rows` of a training batch that depends on `seed` = (seed, step, part) alone."""
+        """The `rows` of the training batch of an update: of `batch_size` rows in all.
+
+        It is a function of `seed` = (seed, step, 0) alone: the same row is the same whichever
+        others are asked for. It is called on another thread, an update ahead, so it must not draw
+        from the global generators of torch or numpy, nor seed them.
+        """
         ...
 
     def goes_on(self, step: int) -> bool:
-        """Whether the batch of `step` begins where that of the step before ended."""
+        """Whether each row of the batch of `step` begins where that of the step before ended."""
         ...
 
     @property
     def validates_streams(self) -> bool:
-        """Whether each row of a validation batch goes on where that of the batch before ended."""
+        """Whether each row of a validation batch begins where that of the batch before ended."""
         ...
 
     def validation(self, batch_size: int) -> Iterable[Batch]:
@@ -50,7 +56,7 @@ class Task(Protocol):
         ...
 
     def loss(self, answers: Tensor, batch: Batch) -> Tensor:
-        """The mean loss of what the model answers, over the targets that count."""
+        """The mean loss of a model's outputs, over the targets that count."""
         ...
 
 
@@ -85,10 +91,16 @@ def train(
     folder: Path,
     report: Callable[[Event], None] = lambda event: None,
 ) -> Result:
-    """Train `model` in the run `folder`, or go on with what was saved there.
+    """Train `model` in the run `folder`, or continue from what was saved there.
+
+    The loss of an update is the mean over all its targets that count, in all micro-batches and
+    processes, each counting once; an update without any has loss 0 and gradient 0. Accelerate's
+    state, torch's random numbers, warnings and signal handlers are afterwards those of before.
 
     Args:
-        model: initialised; replaced by the saved weights if there are any.
+        model: initialised; replaced by the saved weights if there are any. In evaluation mode it is
+            put into training mode; in training mode, parts that are in evaluation mode stay so.
+            Parameters that are exempt from weight decay: see `minrnn.launching.exempt`.
         task: batches and loss.
         config: the same for every part of a run.
         folder: a run folder; see `minrnn.checkpoint` for what is written to it.
@@ -106,11 +118,15 @@ def train(
     """
     with (
         warnings.catch_warnings(),
+        launching.own_accelerator(),
         Interrupts() as interrupts,
         contextlib.ExitStack() as stack,
     ):
         ranks.on_first(lambda: stack.enter_context(locked(folder / ".lock")) is None)
+        stack.enter_context(launching.unprepared(model))
         loop = stack.enter_context(contextlib.closing(_Loop(model, task, config, folder)))
+        # by now the device is in use, so that its generator is among them
+        stack.enter_context(generators.kept())
         loop.run(report, interrupts)
         return Result(loop.step, loop.best_loss, loop.best_step, not loop.over)
 
@@ -124,10 +140,14 @@ class _Loop:
         self.ranks = ranks.of(config.time_ranks)
         launched = launching.launch(model, config, self.ranks, folder)
         self.accelerator, self.model, self.optimizer, self.prepared = launched
-        self.raw_model = self.accelerator.unwrap_model(self.model)
-        self.model.train()
-        # behind the batch before, if the next goes on there; one for each part of a batch
+        # names of weights are those of the model inside
+        self.raw_model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self.saved = training_state.Training(self.raw_model, self.optimizer, self.ranks)
+        if not self.raw_model.training:
+            self.raw_model.train()
+        # after the batch before, if the next one continues it; one for each micro-batch
         self.carried: list[State | None] = [None] * config.accumulation
+        self.batches = Prefetched(self._micro_batches, config.steps)
         self.metrics_path = folder / "metrics.jsonl"
         self.metrics: BinaryIO | None = None
 
@@ -157,7 +177,7 @@ class _Loop:
 
     @property
     def _last(self) -> Path:
-        return self.folder / "training_state" / "last.safetensors"
+        return self.folder / "training_state" / training_state.FILE
 
     @property
     def over(self) -> bool:
@@ -197,7 +217,7 @@ class _Loop:
 
     def _restore_last(self) -> int:
         """Take up the last save; how long the metrics were then."""
-        tensors, notes = checkpoint.read_tensors(self._last)
+        notes = checkpoint.read_notes(self._last)
         try:
             self.step, self.best_step = notes["step"], notes["best_step"]
             best_loss, metrics_size = notes["best_loss"], notes["metrics_size"]
@@ -206,9 +226,7 @@ class _Loop:
         except KeyError as error:
             raise ValueError(f"{self._last} is no training state: it has no {error}") from error
         self.best_loss = math.inf if best_loss is None else best_loss
-        carried = training_state.put(
-            tensors, self.raw_model, self.optimizer, self.ranks, self._last
-        )
+        carried = training_state.restore(self._last.parent, self.saved)
         self.carried = [carried.get(number) for number in range(self.config.accumulation)]
         weights = self.folder / checkpoint.WEIGHTS
         if self.best_step and not weights.is_file() and self.step != self.best_step:
@@ -216,27 +234,32 @@ class _Loop:
         # the process was killed before it wrote them; seen by one, since they may appear meanwhile
         unwritten = self.step == self.best_step
         if ranks.on_first(lambda: unwritten and not self._has_weights_of(self.step)):
-            self._save_weights(training_state.weights(self.raw_model))
+            training_state.save_weights(self.folder, self.raw_model, self.step)
         return metrics_size
 
     def _has_weights_of(self, step: int) -> bool:
         weights = self.folder / checkpoint.WEIGHTS
         return weights.is_file() and checkpoint.read_tensors(weights)[1].get("step") == step
 
-    def _save_weights(self, weights: dict[str, Tensor]) -> None:
-        ranks.on_first(lambda: checkpoint.save_weights(self.folder, weights, self.step))
-
     def update(self) -> Event:
         """One step: forward, backward, clip, AdamW."""
         config, step = self.config, self.step
+        batches = self.batches.take(step)
         # all randomness of the step, dropout included
         torch.manual_seed(ranks.step_seed(config.seed, step, self.ranks.number))
         learning_rate = config.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        losses = [self._add_gradient(part) for part in range(config.accumulation)]
-        # each has its share of the mean
-        loss = self.ranks.sums(torch.stack(losses).mean().item())[0] / self.ranks.count
+        # the mean over all processes of their shares is the mean over the targets of all
+        total = self.ranks.sum_on(
+            self.accelerator.device, sum(batch.num_targets for batch in batches)
+        )
+        count = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
+        losses = [
+            self._add_gradient(number, batch, count / self.ranks.count)
+            for number, batch in enumerate(batches)
+        ]
+        loss = self.ranks.sums(torch.stack(losses).sum().item())[0] / self.ranks.count
         self._require_finite("the loss", loss)
         norm = self._clip()
         # in fp16 the scaler skips steps whose gradient overflowed, and halves its scale; a gradient
@@ -256,39 +279,42 @@ class _Loop:
             self._log(values)
         return Event(self.step, loss, learning_rate)
 
-    def _add_gradient(self, part: int) -> Tensor:
-        """Run one part of the batch forward and backward; its loss."""
-        config, accelerator, among = self.config, self.accelerator, self.ranks
+    def _micro_batches(self, step: int) -> list[Batch]:
+        """This process's share of each micro-batch of a step: together the rows of one batch."""
+        config, among = self.config, self.ranks
         size = config.batch_size // config.accumulation
-        seed = (config.seed, self.step, part)
-        batch = among.part(self.task.batch(size, seed, among.rows(size)), config.chunk)
-        batch = batch.to(accelerator.device)
-        # the mean over all processes of their shares is the mean over the targets of all
-        count = among.sums(batch.num_targets)[0] / among.count
-        state = self.carried[part] if self.task.goes_on(self.step) else None
-        scaler = accelerator.scaler
+        own = among.rows(size)
+        found = []
+        for first in range(0, config.batch_size, size):
+            rows = slice(first + own.start, first + own.stop)
+            batch = self.task.batch(config.batch_size, (config.seed, step, 0), rows)
+            batch = among.part(batch, config.chunk)
+            found.append(batch.pinned() if self.accelerator.device.type == "cuda" else batch)
+        return found
 
-        def scale(loss: Tensor) -> Tensor:
-            loss = loss / config.accumulation
-            return loss if scaler is None else scaler.scale(loss)
+    def _add_gradient(self, number: int, batch: Batch, count: float | Tensor) -> Tensor:
+        """Run a micro-batch forward and backward; its share of a mean over `count` targets."""
+        config, accelerator = self.config, self.accelerator
+        state = self.carried[number] if self.task.goes_on(self.step) else None
+        scaler = accelerator.scaler
 
         def unsynced() -> contextlib.AbstractContextManager[Any]:
             return accelerator.no_sync(self.model)
 
-        last = part + 1 == config.accumulation
+        last = number + 1 == config.accumulation
         with contextlib.nullcontext() if last else unsynced():
-            loss, self.carried[part] = gradients.backward(
+            loss, self.carried[number] = gradients.backward(
                 self.model,
                 self.task.loss,
-                batch,
+                batch.to(accelerator.device),
                 chunk=config.chunk,
                 count=count,
                 state=state,
-                scale=scale,
+                scale=(lambda loss: loss) if scaler is None else scaler.scale,
                 unsynced=unsynced,
             )
         if not self.task.goes_on(self.step + 1):
-            self.carried[part] = None
+            self.carried[number] = None
         return loss
 
     def validate(self, event: Event) -> Event:
@@ -304,19 +330,17 @@ class _Loop:
         return Event(event.step, event.loss, event.learning_rate, valid_loss)
 
     def save(self) -> None:
-        """Everything that `restore` needs, in one file; then the weights, if they are the best."""
-        tensors = training_state.take(self.raw_model, self.optimizer, self.carried, self.ranks)
-        ranks.on_first(lambda: self._write(tensors))
+        """Everything that `restore` needs; then the weights, if they are the best."""
+        folder = self._last.parent
+        training_state.save(folder, self.saved, self.carried, self._notes, self.step)
         if self.step == self.best_step:
-            self._save_weights(training_state.under("model.", tensors))
+            training_state.save_weights(self.folder, self.raw_model, self.step)
 
-    def _write(self, tensors: dict[str, Tensor]) -> None:
+    def _notes(self) -> dict[str, Any]:
+        """What a save has beside tensors, once the metrics that belong to it are on the disk."""
         assert self.metrics is not None
-        try:
-            self.metrics.flush()
+        with self._writing_metrics():
             os.fsync(self.metrics.fileno())
-        except OSError as error:
-            raise checkpoint.SaveError(f"cannot write {self.metrics_path}: {error}") from error
         notes = {
             "step": self.step,
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
@@ -325,17 +349,16 @@ class _Loop:
         }
         if self.accelerator.scaler is not None:
             notes["scaler"] = self.accelerator.scaler.state_dict()
-        checkpoint.write_tensors(self._last, tensors, notes)
+        return notes
 
     def close(self) -> None:
-        """Close the logs."""
+        """End the thread that makes batches, close the logs."""
+        self.batches.close()
         if self.metrics is not None:
             self.metrics.close()
         for tracker in self.accelerator.trackers:
             # `end_training` would also end the group of processes
             tracker.finish()
-        # Accelerate keeps its settings for the process; the next training may want others
-        AcceleratorState._reset_state(reset_partial_state=True)
 
     def _clip(self) -> float:
         """Clip the gradient; the norm it had."""
@@ -346,8 +369,18 @@ class _Loop:
     def _log(self, values: dict[str, Any]) -> None:
         line = json.dumps({"step": self.step} | values)
         if self.metrics is not None:
-            self.metrics.write(line.encode() + b"\n")
+            with self._writing_metrics():
+                self.metrics.write(line.encode() + b"\n")
+                # for those who watch
+                self.metrics.flush()
         self.accelerator.log(values, step=self.step)
+
+    @contextlib.contextmanager
+    def _writing_metrics(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise checkpoint.SaveError(f"cannot write {self.metrics_path}: {error}") from error
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -359,5 +392,5 @@ class _Loop:
     def _kept(self) -> str:
         if not self._last.is_file():
             return f"there was no save yet in {self.folder}"
-        step = checkpoint.read_tensors(self._last)[1]["step"]
+        step = checkpoint.read_notes(self._last)["step"]
         return f"the save of step {step} is kept in {self.folder}"

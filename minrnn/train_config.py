@@ -1,9 +1,9 @@
 """How a model is trained: the settings, their ranges, and the schedule of the learning rate."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from minrnn.configs import check_fields
 
@@ -22,7 +22,7 @@ class TrainConfig:
     batch_size: int = 64
     """Sequences in one update."""
     accumulation: int = 1
-    """Parts that each batch is computed in, to save memory."""
+    """Micro-batches of an update, to save memory: together they are the same batch."""
     chunk: int = 0
     """Steps of a sequence whose activations are kept at a time, for sequences that do not fit:
     gradients are those of the whole all the same. 0 keeps all."""
@@ -31,12 +31,14 @@ class TrainConfig:
     share the batch."""
     learning_rate: float = 1e-3
     """After the warm-up."""
-    min_learning_rate: float = 1e-4
-    """At the end of the cosine."""
-    warmup_steps: int = 100
-    """Steps in which the learning rate rises from 0."""
+    min_learning_rate: float | None = None
+    """At the end of the cosine, at most `learning_rate`; None for a tenth of it."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises from 0, at most `steps`; None for 100, or all of a
+    shorter training."""
     weight_decay: float = 0.1
-    """AdamW's, on matrices and kernels; vectors (biases, norms) are not decayed."""
+    """AdamW's, on matrices and kernels. Not decayed are vectors (biases, norms), and what the
+    authors of a mixer exempt: decays and frequencies of state spaces, long filters, queries."""
     beta1: float = 0.9
     """AdamW's."""
     beta2: float = 0.99
@@ -72,8 +74,13 @@ class TrainConfig:
             ("beta1 beta2", "in [0, 1)"),
         ):
             for name in names.split():
-                if not inside[range_](getattr(self, name)):
-                    raise ValueError(f"`{name}` must be {range_}, got {getattr(self, name)}")
+                value = getattr(self, name)
+                if value is not None and not inside[range_](value):
+                    raise ValueError(f"`{name}` must be {range_}, got {value}")
+        for name, most in (("min_learning_rate", "learning_rate"), ("warmup_steps", "steps")):
+            value, bound = getattr(self, name), getattr(self, most)
+            if value is not None and value > bound:
+                raise ValueError(f"`{name}` must be at most `{most}` = {bound}, got {value}")
         if self.patience and self.keep == "last":
             raise ValueError("`patience` waits for a best loss, and `keep` is 'last'")
         if self.seed >= 1 << 63:
@@ -84,10 +91,21 @@ class TrainConfig:
                 f"`accumulation` = {self.accumulation}"
             )
 
+    @classmethod
+    def saved(cls, fields: Mapping[str, Any]) -> "TrainConfig":
+        """A configuration that was saved, by a version that took higher minima and warm-ups too."""
+        fields = dict(fields)
+        for name, most in (("min_learning_rate", "learning_rate"), ("warmup_steps", "steps")):
+            if fields.get(name) is not None and most in fields:
+                fields[name] = min(fields[name], fields[most])
+        return cls(**fields)
+
     def learning_rate_at(self, step: int) -> float:
         """Of the update from `step` to `step` + 1: linear warm-up, then a cosine to the minimum."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        span = self.learning_rate - self.min_learning_rate
-        return self.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+        warmup = min(100, self.steps) if self.warmup_steps is None else self.warmup_steps
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        lowest = self.min_learning_rate
+        lowest = self.learning_rate / 10 if lowest is None else lowest
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return lowest + (self.learning_rate - lowest) * 0.5 * (1 + math.cos(math.pi * done))

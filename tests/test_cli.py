@@ -72,6 +72,27 @@ def test_a_recipe_fills_in_what_is_not_given(source: Path, tmp_path, monkeypatch
     assert (seen[0].train, seen[0].context, seen[0].recipe) == (demo.train, demo.context, "demo")
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("text", "demo"), ("text", "shakespeare"), ("rl", "paper")]
+)
+def test_a_recipe_follows_the_steps_and_the_rate_that_are_given(monkeypatch, kind, name) -> None:
+    seen = []
+    monkeypatch.setitem(cli.COMMANDS, f"train {kind}", lambda config: seen.append(config) or 0)
+    command = ["train", kind, "--recipe", name, "--steps", "9", "--learning-rate", "2e-5"]
+    assert cli.main(command) == 0
+    rates = [seen[0].train.learning_rate_at(step) for step in range(10)]
+    assert max(rates) == pytest.approx(2e-5, rel=1e-12)
+
+
+def test_a_schedule_that_rises_is_refused(capsys) -> None:
+    few = ("train", "text", "--steps", "9")
+    assert "`warmup_steps` must be at most `steps` = 9" in _refused(
+        capsys, *few, "--warmup-steps", "10"
+    )
+    low = ("train", "text", "--learning-rate", "2e-5", "--min-learning-rate", "1e-4")
+    assert "`min_learning_rate` must be at most `learning_rate` = 2e-05" in _refused(capsys, *low)
+
+
 def test_eval_measures_the_whole_validation_part(run: Path, source: Path, capsys) -> None:
     assert cli.main(["eval", str(run)]) == 0
     figures = json.loads(capsys.readouterr().out)

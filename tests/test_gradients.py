@@ -1,5 +1,6 @@
 """Gradients of a long sequence piece by piece are those of the whole."""
 
+import math
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from minrnn.bench import memory
 from minrnn.data.batch import Batch
 from minrnn.losses import next_symbol
 from minrnn.models import LanguageModel, ModelConfig
+from minrnn.state import State
 
 
 def _model(mixer: str = "mingru", dropout: float = 0.0) -> LanguageModel:
@@ -28,7 +30,6 @@ def _batch(T: int = 50) -> Batch:
 def _taken(model: LanguageModel, batch: Batch, **options: object) -> list[Tensor]:
     """Loss, last state, gradients."""
     model.zero_grad()
-    torch.manual_seed(5)
     loss, state = gradients.backward(model, next_symbol, batch, **options)
     assert not loss.requires_grad
     assert not any(x.requires_grad for x in state.flatten().values())
@@ -80,20 +81,114 @@ def test_memory_does_not_grow_with_the_sequence() -> None:
     assert whole > 1.5 * short
 
 
+def _short() -> Batch:
+    """Ten steps of three tokens."""
+    batch = _batch(10)
+    return Batch(batch.inputs % 3, batch.targets % 3, batch.mask)
+
+
+class _Noisy(torch.nn.Module):
+    """Draws from the generators of the CPU, and keeps what it drew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.drawn: list[Tensor] = []
+
+    def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        self.drawn.append(torch.rand(*ids.shape, 3))
+        start = torch.zeros(len(ids), 3) if state is None else state.tensor("h")
+        h = start[:, None] + (self.drawn[-1] * self.weight).cumsum(1)
+        return h, State({"h": h[:, -1]})
+
+
+def test_a_chunk_draws_the_same_both_times_and_the_caller_continues() -> None:
+    model, batch = _Noisy(), _short()
+    torch.manual_seed(3)
+    once = [torch.rand(3, T, 3) for T in (4, 4, 2)]
+    after = torch.rand(5)
+    torch.manual_seed(3)
+    loss, _ = gradients.backward(model, next_symbol, batch, chunk=4)
+    assert torch.equal(torch.rand(5), after)
+    # forward, then from the last chunk to the first
+    wanted = [once[0], once[1], once[2], once[1], once[0]]
+    assert all(torch.equal(x, y) for x, y in zip(model.drawn, wanted, strict=True))
+    torch.manual_seed(3)
+    whole = _Noisy()
+    states, losses = None, []
+    for first in range(0, 10, 4):
+        part = batch.map(lambda x, first=first: x[:, first : first + 4])
+        y, states = whole(part.inputs, states)
+        losses.append(next_symbol(y, part) * part.num_targets)
+    (sum(losses) / batch.num_targets).backward()
+    torch.testing.assert_close(model.weight.grad, whole.weight.grad)
+    torch.testing.assert_close(loss, sum(losses).detach() / batch.num_targets)
+
+
+def test_steps_of_a_loop_draw_anew() -> None:
+    """Neither dropout nor what the caller draws repeats from the second step on."""
+    model, batch = _model(dropout=0.5), _batch()
+    losses, ids = zip(
+        *((_taken(model, batch, chunk=8)[0].item(), torch.rand(()).item()) for _ in range(4)),
+        strict=True,
+    )
+    assert len(set(losses)) == len(set(ids)) == 4
+    torch.manual_seed(0)
+    first = _taken(model, batch, chunk=8)[0]
+    torch.manual_seed(0)
+    assert torch.equal(_taken(model, batch, chunk=8)[0], first)
+
+
+def test_an_error_leaves_the_generators_at_the_caller() -> None:
+    """What a chunk that is run again has drawn is not what the caller continues with."""
+    model, batch = _Noisy(), _short()
+    torch.manual_seed(3)
+    _ = [torch.rand(3, T, 3) for T in (4, 4, 2)]
+    after = torch.rand(5)
+
+    def failing(outputs: Tensor, batch: Batch) -> Tensor:
+        if outputs.shape[1] == 4:
+            raise RuntimeError("on purpose")
+        return next_symbol(outputs, batch)
+
+    torch.manual_seed(3)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        gradients.backward(model, failing, batch, chunk=4)
+    assert torch.equal(torch.rand(5), after)
+
+
 def test_dropout_is_the_same_when_a_piece_is_run_again() -> None:
     """The loss of the second run is that of the model whose dropout the first run drew."""
     model, batch = _model(dropout=0.5), _batch()
     eps = 1e-6
     weight = model.embedding.weight
+    torch.manual_seed(5)
     _, *_ = _taken(model, batch, chunk=8)
     slope = weight.grad[1, 2].item()
     losses = []
     for shift in (eps, -2 * eps):
         with torch.no_grad():
             weight[1, 2] += shift
+        torch.manual_seed(5)
         losses.append(_taken(model, batch, chunk=8)[0].item())
     # a difference quotient holds only if both runs of each piece drew the same
     assert (losses[0] - losses[1]) / (2 * eps) == pytest.approx(slope, rel=1e-4, abs=1e-7)
+
+
+def test_a_part_without_targets_is_a_loss_of_zero() -> None:
+    """Whatever the outputs are: the sum of none of them."""
+    model, batch = _model(), _batch()
+    batch.mask[:] = False
+    for chunk in (0, 8):
+        loss, *rest = _taken(model, batch, count=5, chunk=chunk)
+        assert loss == 0
+        assert all(torch.isfinite(x).all() for x in rest)
+        assert not any(p.grad.any() for p in model.parameters())
+    infinite = torch.full((3, 50, 7), math.inf, requires_grad=True)
+    state = State({"h": torch.zeros(3, 1)})
+    loss, _ = gradients.backward(lambda *_: (infinite, state), next_symbol, batch, count=5)
+    assert loss == 0
+    assert not infinite.grad.any()
 
 
 def test_pieces_without_targets_still_pass_the_gradient_on() -> None:

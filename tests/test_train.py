@@ -23,12 +23,12 @@ from training import (
     write_text,
 )
 
-from minrnn import checkpoint, files, launching, train
+from minrnn import checkpoint, files, launching, plots, train
 from minrnn.data import text
 from minrnn.data.windows import Windows
 from minrnn.evaluation import evaluate
 from minrnn.models import LanguageModel
-from minrnn.recipes import RECIPES
+from minrnn.recipes import RECIPES, RL_RECIPES, fitted
 from minrnn.runs import text as runs
 from minrnn.tasks import TextTask
 from minrnn.train import NonFiniteLossError
@@ -178,26 +178,6 @@ def test_a_damaged_save_is_refused(source, tmp_path) -> None:
         runs.go_on(run)
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(source, tmp_path) -> None:
-    config = text_config(source, tmp_path / "run", steps=1, batch_size=8, weight_decay=0.0)
-    updates = []
-    for accumulation in (1, 4):
-        torch.manual_seed(0)
-        model = LanguageModel(replace(MODEL, vocab_size=256, dropout=0.0))
-        folder = tmp_path / str(accumulation)
-        folder.mkdir()
-        checkpoint.write_config(folder, {})
-        task = TextTask(Windows(text.build(source, folder / "corpus", "bytes", 0.1), 16))
-        # the parts of the second run are the rows of the first run's batch
-        whole = task.batch(8, (0, 0, 0))
-        parts = iter(train.Batch(whole.inputs[n], whole.targets[n], whole.mask[n])
-                     for n in torch.arange(8).split(8 // accumulation))  # fmt: skip
-        task.batch = lambda size, seed, rows, parts=parts: next(parts)
-        train.train(model, task, replace(config.train, accumulation=accumulation), folder)
-        updates.append(model.head.weight.detach())
-    torch.testing.assert_close(updates[0], updates[1], rtol=1e-4, atol=1e-6)
-
-
 def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
     config = TrainConfig(steps=110, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
     rates = [config.learning_rate_at(step) for step in range(111)]
@@ -206,6 +186,84 @@ def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
     assert rates[60] == pytest.approx(0.55)
     assert rates[110] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("learning_rate", [2e-5, 1e-3, 0.3, 1e-30])
+@pytest.mark.parametrize("steps", [1, 7, 100, 101, 5000])
+def test_the_schedule_follows_its_peak_and_its_length(learning_rate, steps) -> None:
+    """The minimum is a tenth of the peak, and the warm-up no longer than the training."""
+    config = TrainConfig(steps=steps, learning_rate=learning_rate)
+    rates = [config.learning_rate_at(step) for step in range(steps + 1)]
+    warmup = min(100, steps)
+    assert max(rates) == pytest.approx(learning_rate, rel=1e-12)
+    assert rates[warmup - 1] == pytest.approx(learning_rate, rel=1e-12)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    if steps > 100:
+        assert rates[-1] == pytest.approx(learning_rate / 10, rel=1e-12)
+
+
+def test_the_schedules_of_the_recipes_are_what_they_were() -> None:
+    for config, lowest, warmup in (
+        (RECIPES["shakespeare"], 1e-4, 100),
+        (RECIPES["demo"], 4e-4, 50),
+        (RL_RECIPES["paper"], 1e-3, 10_000),
+        (RL_RECIPES["cpu"], 1e-5, 200),
+    ):
+        train_ = config.train
+        explicit = replace(train_, min_learning_rate=lowest, warmup_steps=warmup)
+        for step in (0, 7, warmup - 1, warmup, warmup + 1, train_.steps // 2, train_.steps):
+            assert train_.learning_rate_at(step) == explicit.learning_rate_at(step)
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "demo", "paper", "cpu"])
+def test_a_recipe_keeps_the_shape_of_its_schedule(name) -> None:
+    recipe = (RECIPES | RL_RECIPES)[name]
+    assert fitted(recipe, None, None) == recipe
+    train_ = fitted(recipe, 5, 2e-5).train
+    rates = [train_.learning_rate_at(step) for step in range(6)]
+    assert max(rates) == pytest.approx(2e-5, rel=1e-12)
+    # longer and higher
+    train_ = fitted(recipe, 100_000, 0.01).train
+    ratio = recipe.train.learning_rate_at(recipe.train.steps) / recipe.train.learning_rate
+    assert train_.learning_rate_at(100_000) == pytest.approx(ratio * 0.01, rel=1e-9)
+    with pytest.raises(ValueError, match="`steps` must be >= 1, got 0"):
+        fitted(recipe, 0, None)
+    with pytest.raises(ValueError, match=r"`learning_rate` must be > 0, got -1\.0"):
+        fitted(recipe, None, -1.0)
+
+
+def test_a_run_of_before_with_a_long_warm_up_is_read(source, tmp_path) -> None:
+    run = trained(source, tmp_path / "run", steps=5)
+    saved = checkpoint.read_config(run)
+    saved["text"]["train"] |= {"min_learning_rate": 1e-2, "warmup_steps": 100}
+    checkpoint.write_config(run, saved)
+    config = runs.read(run).train
+    assert (config.min_learning_rate, config.warmup_steps) == (1e-3, 5)
+
+
+def test_a_run_that_was_stopped_at_once_has_no_picture(source, tmp_path) -> None:
+    """And no warning, which is an error here."""
+    run = runs.start(text_config(source, tmp_path / "run"))
+    metrics = run / "metrics.jsonl"
+    metrics.write_text("")
+    assert plots.draw_loss(run) is None
+    assert not (run / "loss.png").exists()
+    metrics.write_text(json.dumps({"step": 1, "valid_loss": 2.0}) + "\n")
+    assert plots.draw_loss(run) == run / "loss.png"
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_one_process_alone_hashes_the_corpus(source, tmp_path, monkeypatch, ranks) -> None:
+    run = trained(source, tmp_path / "run", steps=5)
+    hashed = []
+    sha256 = text.shards.sha256
+    monkeypatch.setattr(text.shards, "sha256", lambda path: hashed.append(path) or sha256(path))
+    monkeypatch.setattr(runs.ranks, "on_first", lambda make: None if ranks > 1 else make())
+    monkeypatch.setattr(runs, "train", lambda *_: None)
+    runs.go_on(run)
+    assert len(hashed) == (1 if ranks == 1 else 0)
+    assert text.load(run / "corpus", check=False).shards == text.load(run / "corpus").shards
 
 
 def test_vectors_are_not_decayed() -> None:
@@ -227,6 +285,12 @@ def test_vectors_are_not_decayed() -> None:
         ("weight_decay", -0.1, r"`weight_decay` must be >= 0, got -0\.1"),
         ("beta2", 1.0, r"`beta2` must be in \[0, 1\), got 1\.0"),
         ("accumulation", 3, "`batch_size` = 64 must be a multiple of `accumulation` = 3"),
+        (
+            "min_learning_rate",
+            2e-3,
+            r"`min_learning_rate` must be at most `learning_rate` = 0\.001",
+        ),
+        ("warmup_steps", 5001, "`warmup_steps` must be at most `steps` = 5000, got 5001"),
     ],
 )
 def test_wrong_settings_are_named(field: str, value: object, message: str) -> None:

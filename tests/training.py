@@ -42,7 +42,8 @@ def write_text(path: Path) -> Path:
 
 
 def text_config(source: Path, out: Path, **fields: object) -> TextConfig:
-    config = replace(TRAIN, **fields)
+    steps = fields.get("steps", TRAIN.steps)
+    config = replace(TRAIN, **{"warmup_steps": min(TRAIN.warmup_steps, steps)} | fields)
     return TextConfig(data=source, out=out, context=16, model=MODEL, train=config)
 
 

@@ -17,7 +17,15 @@ from tyro.conf import OmitArgPrefixes
 
 from minrnn.cli import bench, reproduce, rl, runs, serve, text
 from minrnn.ranks import ProcessLostError
-from minrnn.recipes import RECIPES, RL_RECIPES, RecipeName, RlConfig, RlRecipeName, TextConfig
+from minrnn.recipes import (
+    RECIPES,
+    RL_RECIPES,
+    RecipeName,
+    RlConfig,
+    RlRecipeName,
+    TextConfig,
+    fitted,
+)
 from minrnn.train import NonFiniteLossError
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -93,14 +101,18 @@ def _summary(command: Callable[..., int]) -> str:
 @dataclass(frozen=True)
 class _Text:
     recipe: RecipeName = "shakespeare"
+    steps: int | None = None
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
 class _Rl:
     recipe: RlRecipeName = "cpu"
+    steps: int | None = None
+    learning_rate: float | None = None
 
 
-# commands that take a recipe: what chooses it, the configuration, the recipes
+# commands that take a recipe: what chooses and fits it, the configuration, the recipes
 _RECIPES: dict[str, tuple[type, type, Mapping[Any, Any]]] = {
     "train text": (_Text, TextConfig, RECIPES),
     "train rl": (_Rl, RlConfig, RL_RECIPES),
@@ -116,7 +128,8 @@ def _run(command: str, args: list[str]) -> int:
     chooses, kind, recipes = _RECIPES[command]
     asked = [a for a in args if a not in ("-h", "--help")]
     chosen, _ = _parsed(chooses, asked, options | {"return_unknown_args": True})
-    return function(_parsed(kind, args, options | {"default": recipes[chosen.recipe]}))
+    recipe = fitted(recipes[chosen.recipe], chosen.steps, chosen.learning_rate)
+    return function(_parsed(kind, args, options | {"default": recipe}))
 
 
 def _parsed(kind: Callable[..., Any], args: list[str], options: dict[str, Any]) -> Any:

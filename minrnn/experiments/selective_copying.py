@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from minrnn import checkpoint, losses
+from minrnn import checkpoint, generators, losses
 from minrnn.configs import check_fields
 from minrnn.data.batch import Batch
 from minrnn.data.synthetic import VOCABULARY, selective_copying
@@ -213,8 +213,9 @@ def _train(name: str, seed: int, folder: Path, preset: Preset) -> bool:
         raise ValueError(
             f"{folder} was trained with other settings; remove it or take other --runs"
         )
-    torch.manual_seed(seed)
-    model = LanguageModel(model_config)
+    with generators.kept():
+        torch.manual_seed(seed)
+        model = LanguageModel(model_config)
     tokens = train_config.batch_size * (preset.length + NUM_DATA)
     with Progress(train_config.steps, tokens) as progress:
         result = train(model, CopyingTask(preset.length), train_config, folder, progress.report)

@@ -31,6 +31,8 @@ class Stack(RNNBaseInterface):
     """Layers of one recurrence, each one fused projection and one operator for each direction."""
 
     num_gates: int
+    # a state, which decay would pull to zero: see `minrnn.launching.exempt`
+    no_weight_decay = ("h_0",)
     # of the first layer; the names of all end in a suffix of _suffixes()
     weight_ih_l0: nn.Parameter
     bias_ih_l0: nn.Parameter | None

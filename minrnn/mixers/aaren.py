@@ -30,6 +30,9 @@ class Aaren(Mixer):
         ValueError: the heads do not fit.
     """
 
+    # not a matrix that maps features: a vector for each head
+    no_weight_decay = ("query",)
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         if num_heads < 1 or width % num_heads:

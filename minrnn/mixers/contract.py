@@ -16,6 +16,9 @@ class Mixer(nn.Module, ABC):
 
     # whether processes may share the time of a sequence: see `minrnn.distributed.split_time`
     can_split_time = False
+    # parameters, or modules of them, that are exempt from weight decay: see
+    # `minrnn.launching.exempt`
+    no_weight_decay: tuple[str, ...] = ()
 
     @abstractmethod
     def init_state(self, batch_size: int) -> State:

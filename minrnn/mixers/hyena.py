@@ -44,6 +44,9 @@ class LongConvolution(Mixer):
         length: the unit of l; longer sequences are possible.
     """
 
+    # as its authors have it: the network is a filter, and decay would smooth it
+    no_weight_decay = ("hidden", "filter", "D")
+
     def __init__(self, width: int, length: int = 1024) -> None:
         super().__init__()
         self.length = length

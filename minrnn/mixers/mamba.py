@@ -29,6 +29,9 @@ class S6(Mixer):
         discretization: of B, as in `selective_scan`.
     """
 
+    # as its authors mark them
+    no_weight_decay = ("A_log", "D")
+
     def __init__(
         self,
         width: int,

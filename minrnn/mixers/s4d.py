@@ -31,6 +31,9 @@ class S4D(Mixer):
         ValueError: `state_size` is odd.
     """
 
+    # its authors exempt all of these but C, which is as much a part of the state space
+    no_weight_decay = ("log_dt", "log_decay", "frequency", "C", "D")
+
     def __init__(self, width: int, state_size: int) -> None:
         super().__init__()
         if state_size % 2:

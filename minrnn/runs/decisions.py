@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from minrnn import checkpoint, ranks
+from minrnn import checkpoint, generators, ranks
 from minrnn.data import trajectory_files
 from minrnn.data.trajectories import (
     REFERENCE_RETURNS,
@@ -125,11 +125,16 @@ def go_on(folder: Path) -> Result:
     config, saved = read(folder), checkpoint.read_config(folder)
     low, high = facts(folder).actions
     data = _read(config)
-    if saved.get("data_sha256") != trajectory_files.fingerprint(data):
-        raise ValueError(f"the data of {folder} has changed since its training began")
+
+    def check() -> None:
+        if saved.get("data_sha256") != trajectory_files.fingerprint(data):
+            raise ValueError(f"the data of {folder} has changed since its training began")
+
+    ranks.on_first(check)
     data = data.clipped(low, high)
-    torch.manual_seed(config.train.seed)
-    model = checkpoint.build_model(folder / "config.json", saved)
+    with generators.kept():
+        torch.manual_seed(config.train.seed)
+        model = checkpoint.build_model(folder / "config.json", saved)
     assert isinstance(model, DecisionModel)
     _scale(model, data, low, high)
     tokens = config.train.batch_size * config.context
@@ -178,7 +183,7 @@ def read(folder: Path) -> RlConfig:
         if fields["reference"] is not None:
             fields["reference"] = tuple(map(float, fields["reference"]))
         fields["model"] = checkpoint.read_decision_config(fields["model"])
-        fields["train"] = TrainConfig(**fields["train"])
+        fields["train"] = TrainConfig.saved(fields["train"])
         return RlConfig(**fields)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from minrnn import checkpoint, ranks
+from minrnn import checkpoint, generators, ranks
 from minrnn.data import shakespeare
 from minrnn.data import text as text_data
 from minrnn.data.text import Corpus
@@ -64,10 +64,10 @@ def go_on(folder: Path) -> Result:
     """
     config, saved = read(folder), checkpoint.read_config(folder)
     with _progress(config) as progress:
-        # built by the first process if it is not there yet
+        # built by the first process if it is not there yet, else checked; by that one alone
         made: list[Corpus] = []
         ranks.on_first(lambda: made.append(_corpus(config, folder, saved, progress)))
-        corpus = made[0] if made else corpus_of(folder, config)
+        corpus = made[0] if made else corpus_of(folder, config, check=False)
         windows = Windows(corpus, config.context, config.windows, config.train.batch_size)
         task = TextTask(windows, config.valid_limit)
         model_config = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
@@ -80,8 +80,9 @@ def go_on(folder: Path) -> Result:
         }
         if saved != saved | found:
             ranks.on_first(lambda: checkpoint.write_config(folder, saved | found))
-        torch.manual_seed(config.train.seed)
-        model = checkpoint.build_model(folder / "config.json", found)
+        with generators.kept():
+            torch.manual_seed(config.train.seed)
+            model = checkpoint.build_model(folder / "config.json", found)
         return train(model, task, config.train, folder, progress.report)
 
 
@@ -100,14 +101,19 @@ def read(folder: Path) -> TextConfig:
         for name in ("data", "out"):
             fields[name] = None if fields[name] is None else Path(fields[name])
         fields["model"] = ModelConfig(**fields["model"])
-        fields["train"] = TrainConfig(**fields["train"])
+        fields["train"] = TrainConfig.saved(fields["train"])
         return TextConfig(**fields)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
 
 
-def corpus_of(folder: Path, config: TextConfig) -> Corpus:
+def corpus_of(folder: Path, config: TextConfig, check: bool = True) -> Corpus:
     """The text of the run in `folder` as ids: its own, or one that `minrnn data text` made.
+
+    Args:
+        folder: the run folder.
+        config: what the run was asked for.
+        check: as in `minrnn.data.text.load`.
 
     Raises:
         FileNotFoundError: it is gone.
@@ -115,8 +121,8 @@ def corpus_of(folder: Path, config: TextConfig) -> Corpus:
     """
     own = folder / "corpus"
     if config.data is not None and not text_data.is_corpus(own):
-        return text_data.load(config.data)
-    return text_data.load(own)
+        return text_data.load(config.data, check)
+    return text_data.load(own, check)
 
 
 def _progress(config: TextConfig) -> Progress:
