@@ -6,6 +6,7 @@ LEFT_OUT = [
     "minrnn/hf",
     "tests/test_datasets.py",
     "tests/test_hf.py",
+    "tests/test_hf_checks.py",
     "tests/test_hf_tokenizer.py",
     "tests/test_hf_use.py",
 ]

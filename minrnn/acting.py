@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minrnn.configs import check_fields
 from minrnn.decision import DecisionModel
-from minrnn.state import State
+from minrnn.state import State, row_numbers
 
 Way = Literal["window", "stream"]
 # mixers whose state is all that they have read
@@ -98,7 +98,7 @@ class WindowActor:
     def select(self, rows: Sequence[int]) -> None:
         """Go on with the episodes `rows` of those before only."""
         if self.past is not None:
-            self.past = self.past[torch.as_tensor(rows, dtype=torch.long)]
+            self.past = self.past[row_numbers(rows, len(self.past))]
 
 
 class StreamActor:

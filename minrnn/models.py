@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from minrnn.blocks import Block
@@ -218,7 +219,7 @@ class LanguageModel(nn.Module):
         """
         check_ids(ids)
         # (B, T) to (B, T, width)
-        x = self.embedding(ids)
+        x = self.embedding(ids if ids.dtype in (torch.int32, torch.int64) else ids.long())
         y, last = self.blocks(x, state)
         return self.head(self.norm(y)), last
 
@@ -232,7 +233,7 @@ def check_ids(ids: Tensor) -> None:
     """
     if ids.dim() != 2 or ids.shape[1] < 1:
         raise ValueError(f"`ids` must have shape (B, T) with T >= 1, got {tuple(ids.shape)}")
-    if ids.is_floating_point():
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"`ids` must hold integers, got {ids.dtype}")
 
 

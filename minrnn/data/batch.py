@@ -8,7 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model reads, what it is to answer, and where the answer counts."""
+    """What a model reads, what it is to answer, and where the answer counts.
+
+    Raises:
+        ValueError: the first two axes, (B, T), differ.
+        TypeError: the mask is not bool: as integers it would be read as row numbers.
+    """
 
     inputs: Tensor
     """(B, T) symbols, or (B, T, features)."""
@@ -16,6 +21,17 @@ class Batch:
     """(B, T) symbols, or (B, T, features)."""
     mask: Tensor
     """(B, T) bool, True where the target counts."""
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool:
+            raise TypeError(f"`mask` must be bool, got {self.mask.dtype}")
+        for name in ("inputs", "targets"):
+            shape = tuple(getattr(self, name).shape)
+            if shape[:2] != tuple(self.mask.shape):
+                raise ValueError(
+                    f"`{name}` must begin with the shape (B, T) = {tuple(self.mask.shape)} of "
+                    f"`mask`, got {shape}"
+                )
 
     def rows(self, which: slice) -> "Batch":
         """The rows `which`."""

@@ -13,6 +13,17 @@ import numpy as np
 _PIECE, _AT_ONCE = 1 << 16, 16
 
 
+def known_id(i: int, vocab_size: int) -> int:
+    """`i`, if it is an id; a negative one would count from the end.
+
+    Raises:
+        ValueError: it is not in [0, vocab_size).
+    """
+    if not 0 <= i < vocab_size:
+        raise ValueError(f"`ids` must be in [0, V) = [0, {vocab_size}), got {i}")
+    return i
+
+
 class BPE:
     """Each byte of the UTF-8 text is a symbol, and so is each pair of symbols that was merged.
 
@@ -78,13 +89,15 @@ class BPE:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
+        return b"".join(self._bytes[known_id(i, self.vocab_size)] for i in ids).decode(
+            "utf-8", errors="replace"
+        )
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of each id as it comes: "" until a character is complete."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
-            yield decoder.decode(self._bytes[i])
+            yield decoder.decode(self._bytes[known_id(i, self.vocab_size)])
         yield decoder.decode(b"", final=True)
 
     def to_json(self) -> dict[str, Any]:
