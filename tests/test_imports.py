@@ -22,7 +22,7 @@ STOREYS = [
     {"blocks"},
     {"models"},
     {"decision"},
-    {"data", "losses"},
+    {"data", "losses", "plain"},
     {"checkpoint", "tasks", "train_config", "ranks", "gradients"},
     {"training_state", "launching", "evaluation"},
     {"train", "stream", "interrupts", "packing"},

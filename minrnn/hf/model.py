@@ -1,5 +1,6 @@
 """`minrnn.LanguageModel` for transformers: `generate`, `Trainer` and pipelines take it."""
 
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from minrnn.data import tokenizers
 from minrnn.hf.cache import Part, StateCache
 from minrnn.hf.config import MinRNNConfig
 from minrnn.models import LanguageModel
+from minrnn.plain import match_dtypes
 
 # the steps of a row from its first symbol to before its padding on the right
 Span = tuple[int, int]
@@ -216,17 +218,26 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Open a run folder, or what transformers finds by a name.
 
+        Without `dtype` each weight of a run folder keeps the dtype that it was saved in.
+
         Raises:
             ValueError: the weights are damaged, or are not those of the configuration.
         """
         wanted = kwargs.pop("output_loading_info", False)
         weights = Path(str(pretrained_model_name_or_path), checkpoint.WEIGHTS)
-        if weights.is_file():
-            checkpoint.read_tensors(weights)
+        saved = checkpoint.read_tensors(weights)[0] if weights.is_file() else {}
+        kinds = {x.dtype for x in saved.values() if x.is_floating_point()}
+        # transformers would load all in one dtype: that must be the widest, to lose nothing
+        each = len(kinds) > 1 and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto")
+        if each:
+            kwargs = kwargs | {"dtype": functools.reduce(torch.promote_types, kinds)}
+            kwargs.pop("torch_dtype", None)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         model, found = loaded
+        if each:
+            match_dtypes(model, saved)
         if model.generation_config.pad_token_id is None:
             # made anew, for a run that has no generation_config.json
             model.generation_config.pad_token_id = model.config.vocab_size
@@ -271,6 +282,7 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
         if config.tie_word_embeddings:
             tensors["head.weight"] = tensors["embedding.weight"].clone()
+            notes["tied"] = [["embedding.weight", "head.weight"]]
         folder = checkpoint.make_folder(save_directory)
         # the weights first: they are all that `minrnn.load` reads
         checkpoint.write_tensors(folder / checkpoint.WEIGHTS, tensors, notes)
