@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as deserialize
+from safetensors import SafetensorError
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from minrnn.decision import DecisionConfig, DecisionModel
 from minrnn.files import write_atomically
 from minrnn.models import LanguageModel, ModelConfig
 from minrnn.plain import match_dtypes, plain_model, plain_weights, tie_weights, tied_weights
+from minrnn.state import parse_safetensors, read_safetensors
 
 FORMAT = "minrnn.run/1"
 WEIGHTS = "model.safetensors"
@@ -213,7 +213,8 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `config.json`."""
     known = {"format": FORMAT} | (_FOR_TRANSFORMERS if "model" in config else {})
     content = json.dumps(known | dict(config), ensure_ascii=False, indent=1)
-    _write(folder / _CONFIG, (content + "\n").encode("utf-8"))
+    # half surrogates, e.g. in names of files that are not UTF-8, as JSON's escapes
+    _write(folder / _CONFIG, (content + "\n").encode("utf-8", "backslashreplace"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -268,10 +269,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+        tensors, metadata = read_safetensors(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
     return tensors, _checked_notes(str(path), tensors, metadata)
@@ -288,10 +286,7 @@ def from_bytes(content: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, 
         ValueError: they are truncated, altered, or something else.
     """
     try:
-        tensors = deserialize(content)
-        # 8 bytes say how long the header is
-        size = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        tensors, metadata = parse_safetensors(content)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{name} is damaged or truncated: {error}") from error
     return tensors, _checked_notes(name, tensors, metadata)

@@ -1,10 +1,13 @@
 """State: what a model carries from one piece of a sequence to the next."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as deserialize
 from safetensors.torch import save
 from torch import Tensor
 
@@ -188,13 +191,42 @@ class State(Mapping[str, "Tensor | State"]):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"`path` must name a state file, got {os.fspath(path)!r}")
         try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("format") != _FORMAT:
-                    raise ValueError(f"`path` must hold a {_FORMAT} file, {path} is none")
-                names = file.keys()
-                return State.unflatten({name: file.get_tensor(name) for name in names})
+            tensors, metadata = read_safetensors(path)
         except SafetensorError as error:
             raise ValueError(f"`path` holds a damaged state file, {path}: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"`path` must hold a {_FORMAT} file, {path} is none")
+        return State.unflatten(tensors)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file.
+
+    Raises:
+        SafetensorError: the file is damaged or truncated.
+    """
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        # safetensors opens no file of such a name
+        return parse_safetensors(Path(path).read_bytes())
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        # the names are a method's, not a mapping's
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, metadata
+
+
+def parse_safetensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same of the bytes of a file.
+
+    Raises:
+        SafetensorError: they are damaged or truncated.
+    """
+    tensors = deserialize(content)
+    # 8 bytes say how long the header is
+    size = int.from_bytes(content[:8], "little")
+    return tensors, json.loads(content[8 : 8 + size]).get("__metadata__", {})
 
 
 def row_numbers(rows: Sequence[int] | Sequence[bool] | Tensor, batch_size: int) -> Tensor:

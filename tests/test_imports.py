@@ -15,7 +15,7 @@ PACKAGE = Path(minrnn.__file__).parent
 
 # storeys from the bottom up: a module imports from its own storey or from those below
 STOREYS = [
-    {"ops", "files", "configs", "splitmix"},
+    {"ops", "files", "configs", "splitmix", "startup", "errors"},
     {"state", "distributed", "onnx", "sampling"},
     {"layers"},
     {"mixers"},

@@ -24,6 +24,21 @@ def known_id(i: int, vocab_size: int) -> int:
     return i
 
 
+def to_utf8(text: str, errors: str = "strict") -> bytes:
+    """`text` in UTF-8.
+
+    Raises:
+        ValueError: it holds half a surrogate pair, which is no character.
+    """
+    try:
+        return text.encode("utf-8", errors)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {text[error.start]!r} (U+{ord(text[error.start]):04X}) at place "
+            f"{error.start} is half a surrogate pair, and no text of UTF-8 holds one"
+        ) from error
+
+
 class BPE:
     """Each byte of the UTF-8 text is a symbol, and so is each pair of symbols that was merged.
 
@@ -77,7 +92,9 @@ class BPE:
 
         Raises:
             ModuleNotFoundError: the package tokenizers is not installed.
+            ValueError: `text` holds half a surrogate pair.
         """
+        to_utf8(text)
         return np.concatenate([np.zeros(0, dtype=np.int64), *self.encode_blocks([text])])
 
     def encode_blocks(self, blocks: Iterable[str]) -> Iterator[np.ndarray]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minrnn.data.bpe import BPE, known_id
+from minrnn.data.bpe import BPE, known_id, to_utf8
 
 # what a person asks for: "characters", "bytes", or "bpe:V"
 Kind = str
@@ -98,8 +98,15 @@ class Bytes:
         return np.ones(self.vocab_size, dtype=np.int64)
 
     def encode(self, text: str) -> np.ndarray:
-        """The bytes of `text`, (T,) int64."""
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+        """The bytes of `text`, (T,) int64.
+
+        Bytes of a command line or a file name that are not UTF-8 stay what they are.
+
+        Raises:
+            ValueError: `text` holds half a surrogate pair that stands for no byte.
+        """
+        content = to_utf8(text, "surrogateescape")
+        return np.frombuffer(content, dtype=np.uint8).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
