@@ -121,12 +121,12 @@ COMMANDS: dict[str, Command] = {
     "bench gpu-static": Command(
         "Compile the GPU's kernels, count their bytes and predict their time, without a GPU.",
         "bench:gpu_static",
-        "gpu",
+        "train,gpu",
     ),
     "bench gpu-plans": Command(
         "Time the GPU's kernels alone, through time and over chunks of it.",
         "bench:gpu_plans",
-        "gpu",
+        "train,gpu",
     ),
     "reproduce shakespeare": Command(
         "Train the paper's language models on tiny Shakespeare, and some that it leaves out.",
