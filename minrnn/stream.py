@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minrnn.data.tokenizers import Tokenizer
-from minrnn.models import TextModel, check_ids
+from minrnn.models import TextModel, checked_ids
 from minrnn.sampling import Sampling, draw
 from minrnn.state import State
 
@@ -57,17 +57,7 @@ class Stream:
             ValueError: there are none, `ids` has not one axis, or one is outside.
             TypeError: `ids` holds no integers.
         """
-        row = torch.as_tensor(ids)
-        if row.dim() != 1:
-            raise ValueError(f"`ids` must have shape (T,), got {tuple(row.shape)}")
-        if len(row) == 0:
-            raise ValueError("`ids` must hold at least one symbol, got none")
-        check_ids(row[None])
-        # as int64: unsigned kinds have no order in torch
-        row, V = row.long(), self.model.config.vocab_size
-        outside = (row < 0) | (row >= V)
-        if outside.any():
-            raise ValueError(f"`ids` must be in [0, V) = [0, {V}), got {int(row[outside][0])}")
+        row = checked_ids(ids, self.model.config.vocab_size)
         self._read(row.to(self.device)[None])
 
     def _read(self, ids: Tensor) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import minrnn
+from minrnn import checkpoint, cli
+from minrnn.data.bpe import BPE
 from minrnn.files import replacing, write_atomically
 from minrnn.serve.folder_store import FolderStore
 from minrnn.serve.sessions import Session
@@ -102,3 +105,44 @@ def test_sessions_of_an_older_version_are_closed_to_others(tmp_path) -> None:
     assert _rights(owned) == 0o700
     again.save("me", "x", again.load("me", "x"))
     assert _rights(owned / "x.session") == 0o600
+
+
+# names of files may be any bytes
+NAME = os.fsdecode(b"caf\xe9")
+
+
+def test_any_name_will_do(tmp_path) -> None:
+    model = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=3, width=8, num_layers=1))
+    minrnn.save(tmp_path / NAME, model, minrnn.Characters("a\udce9\ud800"))
+    loaded, tokenizer = minrnn.load(tmp_path / NAME)
+    assert loaded.head.weight.equal(model.head.weight)
+    assert tokenizer.vocabulary == "a\udce9\ud800"
+    assert checkpoint.read_config(tmp_path / NAME)["tokenizer"]["vocabulary"] == "a\udce9\ud800"
+    # what other programs read is UTF-8
+    (tmp_path / NAME / "config.json").read_bytes().decode("utf-8")
+    State({"h": torch.ones(1, 2)}).save(tmp_path / NAME / NAME)
+    assert State.load(tmp_path / NAME / NAME).tensor("h").tolist() == [[1.0, 1.0]]
+    (tmp_path / NAME / NAME).write_bytes(b"12")
+    with pytest.raises(ValueError, match="`path` holds a damaged state file"):
+        State.load(tmp_path / NAME / NAME)
+
+
+def test_a_text_of_any_name_is_trained_on(tmp_path, capsys) -> None:
+    (tmp_path / NAME).write_text("To be, or not to be. " * 40)
+    options = ["--context", "16", "--width", "8", "--num-layers", "1", "--steps", "2"]
+    options += ["--batch-size", "2", "--eval-every", "2", "--data", str(tmp_path / NAME)]
+    run = str(tmp_path / "run")
+    assert cli.main(["train", "text", *options, "--out", run]) == 0
+    assert cli.main(["train", "--resume", run]) == 0
+    assert cli.main(["info", run]) == 0
+    assert "caf\\udce9" in capsys.readouterr().out
+    assert cli.main(["train", "text", *options, "--out", str(tmp_path / "r\udce9")]) == 2
+    assert "must have a name in UTF-8, got " in capsys.readouterr().err
+    assert not (tmp_path / "r\udce9").exists()
+
+
+def test_half_surrogates_are_bytes_or_named() -> None:
+    assert minrnn.Bytes().encode("a\udce9").tolist() == [97, 0xE9]
+    for tokenizer, text in ((minrnn.Bytes(), "a\ud800"), (BPE(["a b"]), "a\udce9")):
+        with pytest.raises(ValueError, match=r"at place 1 is half a surrogate pair"):
+            tokenizer.encode(text)

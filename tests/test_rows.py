@@ -1,5 +1,6 @@
 """Rows, masks and ids: what selects is read as in torch's indexing, or refused by name."""
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,9 @@ from minrnn.decision import DecisionConfig, DecisionModel
 from minrnn.models import LanguageModel, ModelConfig
 from minrnn.packing import pack_model
 from minrnn.sampling import Sampling, draw
+from minrnn.serve.engine import Engine
+from minrnn.serve.requests import Request
+from minrnn.serve.worker import Worker
 from minrnn.state import State
 from minrnn.stream import Stream
 
@@ -177,3 +181,49 @@ def test_each_row_is_drawn_by_its_own_sampling() -> None:
     sampling = Sampling(temperature=0)
     with pytest.raises(ValueError, match=r"must have B entries .* got 1 and 1 for \(2, 4\)"):
         draw(torch.randn(2, 4), [sampling], [sampling.uniforms()])
+
+
+class _Heard:
+    """A listener that counts what it hears."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def read(self, prompt: object) -> None:
+        pass
+
+    def drawn(self, symbol: object) -> bool:
+        return False
+
+    def ended(self, ending: object) -> None:
+        self.reasons.append(ending.reason)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "state", "count", "error", "message"),
+    [
+        (torch.tensor([1, 5]), None, 1, ValueError, r"`ids` must be in \[0, V\) = \[0, 5\), got 5"),
+        (torch.tensor([-1]), None, 1, ValueError, r"`ids` must be in \[0, V\) = .*, got -1"),
+        (torch.tensor([[1]]), None, 1, ValueError, r"`ids` must have shape \(T,\), got \(1, 1\)"),
+        (torch.tensor([]), None, 1, ValueError, "`ids` must hold at least one symbol, got none"),
+        (torch.tensor([1.0]), None, 1, TypeError, r"`ids` must hold integers, got torch\.float32"),
+        (torch.tensor([True]), None, 1, TypeError, r"`ids` must hold integers, got torch\.bool"),
+        (torch.tensor([1]), 2, 1, ValueError, "`state` must have one row, got 2"),
+        (torch.tensor([1]), None, 2, ValueError, "`listeners` must be one for each of 1 .* got 2"),
+    ],
+)
+def test_a_bad_request_ends_no_other(prompt, state, count: int, error: type, message: str) -> None:
+    model = LanguageModel(ModelConfig(vocab_size=5, width=8)).eval()
+    engine, heard = Engine(model), _Heard()
+    engine.submit(Request(torch.tensor([1]), length=3), [heard])
+    state = None if state is None else model.init_state(state)
+    bad = Request(prompt, length=3, state=state)
+    with pytest.raises(error, match=message):
+        engine.submit(bad, [_Heard()] * count)
+    worker = Worker(engine)
+    with pytest.raises(error, match=message):
+        worker.submit(bad, [_Heard()] * count)
+    while engine.busy:
+        time.sleep(0.01)
+    worker.close()
+    assert (heard.reasons, worker.num_errors) == (["length"], 0)

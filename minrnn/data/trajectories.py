@@ -130,7 +130,7 @@ class Trajectories:
         episodes = _numbers(episodes, self.num_episodes)
         if len(episodes) == 0:
             raise ValueError("`episodes` must select at least one episode, got none")
-        rows = np.concatenate([np.arange(self.starts[e], self.ends[e]) for e in episodes])
+        rows = np.concatenate([np.arange(self.starts[e], self.ends[e]) for e in episodes.tolist()])
         return Trajectories(
             self.observations[rows],
             self.actions[rows],
