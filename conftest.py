@@ -7,6 +7,7 @@ LEFT_OUT = [
     "tests/test_datasets.py",
     "tests/test_hf.py",
     "tests/test_hf_adapters.py",
+    "tests/test_hf_checks.py",
     "tests/test_hf_generate.py",
     "tests/test_hf_loss.py",
     "tests/test_hf_tokenizer.py",

@@ -1,5 +1,7 @@
 """GRUs and LSTMs that train in parallel and stream in constant memory: the table of contents."""
 
+# first: see there
+from minrnn import startup as startup
 from minrnn.checkpoint import Checkpoint as Checkpoint
 from minrnn.checkpoint import load as load
 from minrnn.checkpoint import save as save

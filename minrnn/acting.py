@@ -19,7 +19,7 @@ from torch import Tensor
 from minrnn.configs import check_fields
 from minrnn.decision import DecisionModel
 from minrnn.environments import DEFAULT_LIMIT, begin, bounded, check_spaces, making, step
-from minrnn.state import State
+from minrnn.state import State, row_numbers
 
 Way = Literal["window", "stream"]
 # mixers whose state is all that they have read
@@ -98,7 +98,8 @@ class WindowActor:
     def select(self, rows: Sequence[int]) -> None:
         """Go on with the episodes `rows` of those before only."""
         if self.past is not None:
-            self.past = self.past[torch.tensor(rows, dtype=torch.long, device=self.past.device)]
+            numbers = row_numbers(rows, len(self.past))
+            self.past = self.past[numbers.to(self.past.device)]
 
 
 class StreamActor:

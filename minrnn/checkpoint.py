@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
-from torch import Tensor
+from torch import Tensor, nn
 
 from minrnn import tensor_files
 from minrnn.data import tokenizers
@@ -34,6 +33,8 @@ from minrnn.data.tokenizers import Tokenizer
 from minrnn.decision import DecisionConfig, DecisionModel
 from minrnn.files import replacing, write_atomically
 from minrnn.models import LanguageModel, ModelConfig
+from minrnn.plain import match_dtypes, plain_model, plain_weights, tie_weights, tied_weights
+from minrnn.state import parse_safetensors, read_safetensors
 
 FORMAT = "minrnn.run/1"
 WEIGHTS = "model.safetensors"
@@ -57,19 +58,23 @@ class Checkpoint(NamedTuple):
 
 def save(
     folder: str | os.PathLike[str],
-    model: LanguageModel | DecisionModel,
+    model: nn.Module,
     tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write a model as a run folder that `load` opens.
 
     Args:
         folder: made if missing; a model that is there already is replaced, at once and whole.
-        model: its configuration and weights are written.
-        tokenizer: written too, so that text can be generated.
+        model: a `LanguageModel` or `DecisionModel`, whose configuration and weights are written,
+            each weight in its dtype; or one inside torch.compile, DataParallel or DDP.
+        tokenizer: of a `LanguageModel`; written too, so that text can be generated.
 
     Raises:
         SaveError: the folder cannot be written to, or the disk is full.
-        ValueError: a training has its run in `folder`.
+        ValueError: a training has its run in `folder`, or `load` would not open what is written:
+            the model is not the one that its configuration describes (other parts, adapters,
+            sharded weights), or the tokenizer has not its `vocab_size`.
+        TypeError: the model or the tokenizer is of another class.
 
     Example:
         >>> import tempfile
@@ -78,14 +83,33 @@ def save(
         >>> load(folder).model.config.width
         8
     """
-    folder = make_folder(folder)
-    kind = "model" if isinstance(model, LanguageModel) else "decision_model"
-    notes: dict[str, Any] = {kind: dataclasses.asdict(model.config)}
+    inner = plain_model(model)
+    weights = plain_weights(inner)
+    kind = "model" if isinstance(inner, LanguageModel) else "decision_model"
+    notes: dict[str, Any] = {kind: dataclasses.asdict(inner.config)}
     if tokenizer is not None:
+        _check_tokenizer(tokenizer, inner)
         notes["tokenizer"] = tokenizer.to_json()
+    tied = tied_weights(inner)
     # the weights first: they are all that `load` reads of the two
-    write_tensors(folder / WEIGHTS, model.state_dict(), notes)
+    folder = make_folder(folder)
+    write_tensors(folder / WEIGHTS, weights, notes | ({"tied": tied} if tied else {}))
     write_config(folder, notes)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, model: LanguageModel | DecisionModel) -> None:
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            "`tokenizer` must be Characters, Bytes or BPE of minrnn, got "
+            f"{type(tokenizer).__name__}"
+        )
+    if isinstance(model, DecisionModel):
+        raise ValueError("`tokenizer` belongs to a LanguageModel, got a DecisionModel")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"`tokenizer` must have the model's V = {model.config.vocab_size} symbols, "
+            f"got {tokenizer.vocab_size}"
+        )
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -107,6 +131,8 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
 
 def load(folder: str | os.PathLike[str]) -> Checkpoint:
     """Open a run folder: the model in evaluation mode, on the CPU, and its tokenizer.
+
+    Each weight has the dtype that it was saved in.
 
     Args:
         folder: what `save` or a training wrote.
@@ -131,9 +157,9 @@ def load(folder: str | os.PathLike[str]) -> Checkpoint:
     tensors, notes = read_tensors(weights)
     with torch.device("cpu"):
         model = build_model(weights, notes)
-    # a model of another dtype than float32 is built as one
-    model.to(next(iter(tensors.values())).dtype)
+    match_dtypes(model, tensors)
     load_weights(model, tensors, weights)
+    tie_weights(model, notes.get("tied", []))
     tokenizer = None
     if "tokenizer" in notes:
         tokenizer = tokenizers.from_json(notes["tokenizer"])
@@ -163,7 +189,7 @@ def save_weights(
     write_tensors(folder / WEIGHTS, weights, notes, read)
 
 
-def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Put `tensors`, read from `path`, into `model`.
 
     Raises:
@@ -205,7 +231,8 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
         (folder / name).unlink(missing_ok=True)
     known = {"format": FORMAT} | (_FOR_TRANSFORMERS if "model" in config else {})
     content = json.dumps(known | dict(config), ensure_ascii=False, indent=1)
-    _write(folder / _CONFIG, (content + "\n").encode("utf-8"))
+    # half surrogates, e.g. in names of files that are not UTF-8, as JSON's escapes
+    _write(folder / _CONFIG, (content + "\n").encode("utf-8", "backslashreplace"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -252,7 +279,13 @@ def write_tensors(
 
 def to_bytes(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> bytes:
     """What `write_tensors` writes; `from_bytes` reads it."""
-    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, x in tensors.items():
+        # names that share memory, e.g. of tied weights, are written each by itself
+        x = x.detach().cpu().contiguous()
+        plain[name] = x.clone() if x.untyped_storage().data_ptr() in storages else x
+        storages.add(x.untyped_storage().data_ptr())
     metadata = {"format": FORMAT, "notes": json.dumps(notes, sort_keys=True)}
     metadata["sha256"] = _digest(plain, metadata["notes"])
     return serialize(plain, metadata=metadata)
@@ -268,10 +301,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+        tensors, metadata = read_safetensors(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
     return tensors, _checked_notes(str(path), tensors, metadata)
@@ -307,10 +337,7 @@ def from_bytes(content: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, 
         ValueError: they are truncated, altered, or something else.
     """
     try:
-        tensors = deserialize(content)
-        # 8 bytes say how long the header is
-        size = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        tensors, metadata = parse_safetensors(content)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{name} is damaged or truncated: {error}") from error
     return tensors, _checked_notes(name, tensors, metadata)

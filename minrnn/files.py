@@ -1,9 +1,11 @@
 """Files that are whole or not there: written under a temporary name, synced, then renamed."""
 
 import contextlib
+import errno
 import os
+import secrets
+import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +17,21 @@ else:
     import fcntl
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+def write_atomically(
+    path: str | os.PathLike[str], content: bytes, *, private: bool = False
+) -> None:
     """Replace the file at `path` by `content`; if that fails, the old file stays as it was."""
-    with replacing(path) as file:
+    with replacing(path, private=private) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[BinaryIO]:
     """A file to write to that takes the name `path` when the block ends without an error.
+
+    Args:
+        path: a file that is there keeps its permissions; a new one has those of any new file.
+        private: nobody but the owner may read the file, whatever was there.
 
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; what stood at `path`
@@ -31,23 +39,52 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     # the leading dot and the ending keep a file that a killed process left behind recognisable
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    # the kernel applies the umask: Python can only read it by setting it, for all threads
+    rights = 0o600 if private else 0o666
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb", opener=lambda name, how: os.open(name, how, rights)) as file:
+            if not private:
+                _take_rights(path, file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; a user expects the usual rights
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:
-            # the system does not say which file, e.g. when the disk is full
+        if isinstance(error, OSError) and (error.filename in (None, str(temporary))):
+            # the system names the temporary file, or none, e.g. when the disk is full
             error.filename = str(path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+def _take_rights(path: Path, handle: int) -> None:
+    """Give the open file the permissions of the one that it will replace."""
+    if os.name == "nt":
+        return
+    try:
+        old = stat.S_IMODE(path.stat().st_mode) & 0o777
+    except OSError:
+        return
+    if old != stat.S_IMODE(os.fstat(handle).st_mode):
+        # some file systems have no permissions to set
+        with contextlib.suppress(PermissionError, NotImplementedError):
+            os.fchmod(handle, old)
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make `folder`, which nobody but the owner may open, if it is missing.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 @contextlib.contextmanager
@@ -79,13 +116,6 @@ def remove_leftovers(folder: str | os.PathLike[str], older_than: float = 0.0) ->
         with contextlib.suppress(FileNotFoundError):
             if not older_than or time.time() - path.stat().st_mtime > older_than:
                 path.unlink()
-
-
-def _umask() -> int:
-    # there is no way to read the mask but to set it
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,8 +11,6 @@ import minrnn
 from minrnn import checkpoint
 from minrnn.data import text as text_data
 from minrnn.ops.operators import NAMES
-from minrnn.runs import decisions
-from minrnn.runs import text as text_runs
 
 _DEVICES = ("CPU", "CUDA", "MPS")
 
@@ -52,6 +50,10 @@ def describe_run(folder: Path) -> Iterator[str]:
         FileNotFoundError: it is no run folder.
         ValueError: a file in it is damaged.
     """
+    # with them comes all of training
+    from minrnn.runs import decisions
+    from minrnn.runs import text as text_runs
+
     config = checkpoint.read_config(folder)
     yield f"run {folder}"
     text = text_runs.read(folder) if "text" in config else None

@@ -1,10 +1,11 @@
 """Whole models, and the configuration that is saved beside their weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from minrnn.blocks import Block
@@ -255,7 +256,7 @@ class LanguageModel(nn.Module):
         """
         check_ids(ids)
         # (B, T) to (B, T, width)
-        x = self.embedding(ids)
+        x = self.embedding(ids if ids.dtype in (torch.int32, torch.int64) else ids.long())
         y, last = self.blocks(x, state)
         return self.head(self.norm(y)), last
 
@@ -269,8 +270,30 @@ def check_ids(ids: Tensor) -> None:
     """
     if ids.dim() != 2 or ids.shape[1] < 1:
         raise ValueError(f"`ids` must have shape (B, T) with T >= 1, got {tuple(ids.shape)}")
-    if ids.is_floating_point():
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"`ids` must hold integers, got {ids.dtype}")
+
+
+def checked_ids(ids: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
+    """The ids of one sequence, (T,) int64.
+
+    Raises:
+        ValueError: there are none, `ids` has not one axis, or one is not in [0, vocab_size).
+        TypeError: `ids` holds no integers.
+    """
+    row = torch.as_tensor(ids)
+    if row.dim() != 1:
+        raise ValueError(f"`ids` must have shape (T,), got {tuple(row.shape)}")
+    if len(row) == 0:
+        raise ValueError("`ids` must hold at least one symbol, got none")
+    check_ids(row[None])
+    # as int64: unsigned kinds have no order in torch
+    row = row.long()
+    outside = (row < 0) | (row >= vocab_size)
+    if outside.any():
+        bad = int(row[outside][0])
+        raise ValueError(f"`ids` must be in [0, V) = [0, {vocab_size}), got {bad}")
+    return row
 
 
 def build_mixer(config: ModelConfig) -> Mixer:

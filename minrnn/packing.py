@@ -156,7 +156,7 @@ def pack_model(
 
     What a row of a batch gives is then, to the bit, what it gives alone, for the mixers "mingru"
     and "minlstm"; for others up to the rounding of what is no matrix product. Of models that are
-    not float32 nothing is packed.
+    not float32 throughout nothing is packed.
 
     Args:
         model: stays as it is.
@@ -170,18 +170,18 @@ def pack_model(
         >>> torch.equal(model(ids)[0][:1], model(ids[:1])[0])
         True
     """
-    first = model.head.weight
+    is_float32 = all(x.dtype == torch.float32 for x in model.parameters())
     if (
         model.config.mixer in ("mingru", "minlstm")
-        and first.dtype == torch.float32
-        and can_run_model(first.device)
+        and is_float32
+        and can_run_model(model.head.weight.device)
     ):
         return PackedModel(model, weights).eval()
     packed = copy.deepcopy(model).requires_grad_(False).eval()
-    for module in packed.modules():
+    for module in packed.modules() if is_float32 else ():
         for name in matrices(module):
             weight = getattr(module, name)
-            if weight is not None and weight.dtype == torch.float32:
+            if weight is not None:
                 delattr(module, name)
                 setattr(module, name, PackedWeight(weight, weights))
     return packed

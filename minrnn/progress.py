@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +18,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-from minrnn.train import Event
+if TYPE_CHECKING:
+    from minrnn.train import Event
 
 # seconds between two plain lines
 _LINE_EVERY = 10.0
@@ -76,7 +78,7 @@ class Progress:
             self._reading = self._bar.add_task("", figures="bytes of text")
         self._bar.update(self._reading, completed=done, total=total)
 
-    def report(self, event: Event) -> None:
+    def report(self, event: "Event") -> None:
         """One step or evaluation is done."""
         now = time.monotonic()
         if self._first_step is None:

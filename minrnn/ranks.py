@@ -21,10 +21,6 @@ from minrnn.data.batch import Batch
 _T = TypeVar("_T")
 
 
-class ProcessLostError(RuntimeError):
-    """Another process of the training ended in the middle of it."""
-
-
 @dataclass(frozen=True)
 class Ranks:
     """Where this process stands among the others."""

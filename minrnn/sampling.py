@@ -94,13 +94,18 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], random: Sequence[Uniform
         (B,) int64, on the CPU.
 
     Raises:
-        ValueError: the logits are not finite.
+        ValueError: the logits are not finite, or there are not B samplings and sources.
 
     Example:
         >>> logits = torch.tensor([[0.0, 5.0, 1.0]])
         >>> draw(logits, [Sampling(temperature=0)], [Uniforms(0)]).tolist()
         [1]
     """
+    if not logits.dim() == 2 or not len(logits) == len(samplings) == len(random):
+        raise ValueError(
+            "`samplings` and `random` must have B entries for logits of shape (B, V), got "
+            f"{len(samplings)} and {len(random)} for {tuple(logits.shape)}"
+        )
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("`logits` must be finite: the model's weights are broken")
     logits = logits.detach().to("cpu", torch.float64)

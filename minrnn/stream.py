@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minrnn.data.tokenizers import Tokenizer
-from minrnn.models import TextModel
+from minrnn.models import TextModel, checked_ids
 from minrnn.sampling import Sampling, draw
 from minrnn.state import State
 
@@ -50,13 +50,19 @@ class Stream:
     def prime(self, ids: Sequence[int] | Tensor) -> None:
         """Read `ids` behind what was read so far.
 
+        Args:
+            ids: (T,) integers in [0, V), T >= 1.
+
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, `ids` has not one axis, or one is outside.
+            TypeError: `ids` holds no integers.
         """
-        if len(ids) == 0:
-            raise ValueError("`ids` must hold at least one symbol, got none")
-        row = torch.as_tensor(ids, device=self.device)[None]
-        for chunk in row.split(_CHUNK, dim=1):
+        row = checked_ids(ids, self.model.config.vocab_size)
+        self._read(row.to(self.device)[None])
+
+    def _read(self, ids: Tensor) -> None:
+        """Read (1, T) ids that are known to be valid."""
+        for chunk in ids.split(_CHUNK, dim=1):
             logits, self.state = self.model(chunk, self.state)
             # (1, T, V) to (1, V)
             self._logits = logits[:, -1]
@@ -71,7 +77,7 @@ class Stream:
         if self._logits is None:
             raise ValueError("`prime` must be called with at least one symbol before `step`")
         drawn = int(draw(self._logits, [self.sampling], [self._random]))
-        self.prime([drawn])
+        self._read(torch.tensor([[drawn]], device=self.device))
         return drawn
 
 

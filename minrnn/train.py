@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from minrnn import checkpoint, generators, gradients, launching, ranks, training_state
 from minrnn.data.batch import Batch
 from minrnn.data.prefetch import Prefetched
+from minrnn.errors import NonFiniteLossError, ProcessLostError
 from minrnn.evaluation import evaluate
 from minrnn.files import locked, remove_leftovers
 from minrnn.interrupts import Interrupts
@@ -78,10 +79,6 @@ class Result:
     best_loss: float
     best_step: int
     interrupted: bool
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or the gradient became infinite or NaN; the last save is untouched."""
 
 
 def train(
@@ -173,7 +170,7 @@ class _Loop:
             if self.ranks.count == 1 or not ranks.is_lost(error):
                 raise
             lost = f"another process ended after step {self.step}; {self._kept()}"
-            raise ranks.ProcessLostError(lost) from error
+            raise ProcessLostError(lost) from error
 
     @property
     def _last(self) -> Path:

@@ -1,8 +1,6 @@
 """The claims of docs/equations.md about precision, work and depth, measured."""
 
-import doctest
 from math import ceil, isinf, log2
-from pathlib import Path
 
 import pytest
 import torch
@@ -204,10 +202,3 @@ def test_unpriced_operation_is_refused(monkeypatch):
 def test_unknown_algorithm_is_refused():
     with pytest.raises(ValueError, match=r"must be one of sequential, .*, got 'mingru'"):
         bench.cost("mingru", 2)
-
-
-def test_examples_of_the_equations_run():
-    equations = Path(__file__).parent.parent / "docs" / "equations.md"
-    result = doctest.testfile(str(equations), module_relative=False)
-    assert result.failed == 0
-    assert result.attempted > 0

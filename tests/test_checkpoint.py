@@ -102,7 +102,7 @@ def test_a_pickle_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("failing", "code"),
-    [("fsync", errno.ENOSPC), ("replace", errno.EACCES), ("chmod", errno.EROFS)],
+    [("fsync", errno.ENOSPC), ("replace", errno.EACCES), ("open", errno.EROFS)],
 )
 def test_a_failed_save_leaves_the_old_file(folder, monkeypatch, failing: str, code: int) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -61,12 +61,8 @@ def test_the_first_free_folder_is_taken(source: Path, tmp_path, monkeypatch) -> 
 
 def test_a_recipe_fills_in_what_is_not_given(source: Path, tmp_path, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(cli.text, "train_text", lambda config: seen.append(config) or 0)
-    cli.COMMANDS["train text"], before = cli.text.train_text, cli.COMMANDS["train text"]
-    try:
-        cli.main(["train", "text", "--recipe", "demo", "--data", str(source), "--width", "9"])
-    finally:
-        cli.COMMANDS["train text"] = before
+    monkeypatch.setattr("minrnn.cli.text.train_text", lambda config: seen.append(config) or 0)
+    cli.main(["train", "text", "--recipe", "demo", "--data", str(source), "--width", "9"])
     demo = recipes.RECIPES["demo"]
     assert seen[0].model.width == 9
     assert (seen[0].train, seen[0].context, seen[0].recipe) == (demo.train, demo.context, "demo")

@@ -1,6 +1,7 @@
 """Texts of Hugging Face datasets: local ones, since nothing is downloaded in tests."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -70,3 +71,28 @@ def test_what_is_not_there_is_named(saved, tmp_path, monkeypatch) -> None:
     with pytest.raises(ConnectionError, match="Couldn't reach 'nobody/nothing-of-this-name'"):
         build(tmp_path / "out", CorpusConfig(dataset="nobody/nothing-of-this-name"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (['{"text": "a"}', '{"text": null}'], r"'text' of .* has null in row 1"),
+        (['{"text": 5}'], r"'text' of .* has int in row 0"),
+        (['{"text": ["a"]}'], r"'text' of .* has list in row 0"),
+        (
+            ['{"text": "a"}', '{"text": "a \\ud800 b"}'],
+            "surrogate pair in string is invalid.*row 1",
+        ),
+        (['{"text": "a"}', '{"text": '], r"`dataset` must hold rows, .* cannot be read: .* row 1"),
+    ],
+)
+def test_rows_that_are_no_texts_are_named(lines, said: str, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.jsonl").write_text("\n".join(lines))
+    command = ["data", "text", str(tmp_path / "corpus"), "--dataset", str(tmp_path / "files")]
+    assert cli.main([*command, "--tokenizer", "bytes"]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("minrnn data text: ")
+    assert re.search(said, last)

@@ -7,23 +7,22 @@ import torch
 from matplotlib.figure import Figure
 
 from minrnn import bench
-from minrnn.bench import (
-    chunk,
-    decision,
-    gpu_static,
-    layer,
-    length,
-    memory,
-    mixers,
-    packed,
-    report,
-    scale,
-    scan,
-    step,
-    stream,
-    train_step,
-)
+from minrnn.bench import chunk as of_chunks
+from minrnn.bench import decision as of_decisions
+from minrnn.bench import gpu_static as of_gpu
+from minrnn.bench import layer as of_layers
+from minrnn.bench import length as of_lengths
+from minrnn.bench import memory as of_memory
+from minrnn.bench import mixers as of_mixers
+from minrnn.bench import packed as of_packed
+from minrnn.bench import report
+from minrnn.bench import scale as of_scale
+from minrnn.bench import scan as of_scans
+from minrnn.bench import step as of_steps
+from minrnn.bench import stream as of_streams
+from minrnn.bench import train_step as of_training
 from minrnn.bench.compare import Table, all_right
+from minrnn.cli.commands import COMMANDS
 from minrnn.cli.devices import device_of
 from minrnn.ops import gpu
 
@@ -46,7 +45,7 @@ def measure_precision(quick: bool = False) -> int:
     return 0 if all(right) else 1
 
 
-def measure_plans(quick: bool = False, out: Path | None = None, device: str = "cuda") -> int:
+def gpu_plans(quick: bool = False, out: Path | None = None, device: str = "cuda") -> int:
     """Time the GPU's kernels alone, through time and over chunks of it.
 
     Args:
@@ -60,9 +59,9 @@ def measure_plans(quick: bool = False, out: Path | None = None, device: str = "c
     if where.type == "cpu":
         raise ValueError(f"`device` must be a GPU, got {device!r}")
     # triton is an extra
-    from minrnn.bench import gpu_plans
+    from minrnn.bench.gpu_plans import measured
 
-    tables = gpu_plans.measured(quick, where)
+    tables = measured(quick, where)
     done = report.publish("gpu-plans", tables, quick, out, report.draw_ratios, where)
     return 0 if all_right(done) else 1
 
@@ -70,7 +69,6 @@ def measure_plans(quick: bool = False, out: Path | None = None, device: str = "c
 def _bench(
     name: str,
     measured: Callable[..., Iterable[Table]],
-    says: str,
     short: str,
     draw: Callable[[str, Sequence[Table]], Figure] = report.draw_ratios,
     on_gpu: bool = True,
@@ -80,7 +78,6 @@ def _bench(
     Args:
         name: of the bench.
         measured: gives its tables; True for the short form.
-        says: what it does.
         short: what the short form leaves out.
         draw: makes the picture.
         on_gpu: whether it can also be taken on a GPU.
@@ -97,7 +94,7 @@ def _bench(
         return 0 if all_right(report.publish(name, tables, quick, out, draw, where)) else 1
 
     files = f"bench-{name}.json and bench-{name}.png"
-    command.__doc__ = f"""{says}
+    command.__doc__ = f"""{COMMANDS[f"bench {name}"].summary}
 
     Args:
         quick: {short}, within a minute.
@@ -111,88 +108,73 @@ def _bench(
     return command_on
 
 
-BENCHES = {
-    "scan": _bench(
-        "scan",
-        scan.measured,
-        "Time the operators beside the machine's memory bandwidth and other scans.",
-        "smaller shapes and fewer rounds",
-    ),
-    "length": _bench(
-        "length",
-        length.measured,
-        "Time the operators over the length of the sequence, from 256 steps to 4 million.",
-        "up to 262,144 steps and fewer rounds",
-        report.draw_times,
-    ),
-    "layer": _bench(
-        "layer",
-        layer.measured,
-        "Time the layers beside nn.GRU, nn.LSTM, other minGRUs and loops in Python.",
-        "one small shape and fewer rounds",
-    ),
-    "packed": _bench(
-        "packed",
-        packed.measured,
-        "Time the layers beside nn.GRU and nn.LSTM on a packed batch of unequal lengths.",
-        "fewer and shorter sequences",
-    ),
-    "step": _bench(
-        "step",
-        step.measured,
-        "Time one step of cells and layers, as a stream is served, beside those of torch.",
-        "one stream only and fewer rounds",
-    ),
-    "stream": _bench(
-        "stream",
-        stream.measured,
-        "Time a symbol of a language model, of one stream and of many, beside other models.",
-        "a short context and fewer rounds",
-        stream.draw,
-        on_gpu=False,
-    ),
-    "mixers": _bench(
-        "mixers",
-        mixers.measured,
-        "Time our Mamba beside mambapy's, our attention beside torch's Transformer layer.",
-        "a small shape and fewer rounds",
-    ),
-    "decision": _bench(
-        "decision",
-        decision.measured,
-        "Time actions and updates of decision models beside a Decision Transformer's.",
-        "one episode at a time and fewer rounds",
-        on_gpu=False,
-    ),
-    "train-step": _bench(
-        "train-step",
-        train_step.measured,
-        "Time training steps of a recipe's model with our layer and with another inside.",
-        "the model of the recipe demo instead of shakespeare",
-    ),
-    "memory": _bench(
-        "memory",
-        memory.measured,
-        "Measure the peak memory of a training step of each layer, in a fresh process each.",
-        "one small shape, once",
-        on_gpu=False,
-    ),
-    "chunk": _bench(
-        "chunk",
-        chunk.measured,
-        "Measure memory and time of gradients of whole sequences, in chunks and all at once.",
-        "two short lengths, once",
-        chunk.draw,
-        on_gpu=False,
-    ),
-    "scale": _bench(
-        "scale",
-        scale.measured,
-        "Time training steps of 1, 2 and 4 processes, and calculate those of many GPUs.",
-        "a small model and fewer splits, once",
-        scale.draw,
-        on_gpu=False,
-    ),
-    "gpu-static": gpu_static.measure,
-    "gpu-plans": measure_plans,
-}
+scan = _bench(
+    "scan",
+    of_scans.measured,
+    "smaller shapes and fewer rounds",
+)
+length = _bench(
+    "length",
+    of_lengths.measured,
+    "up to 262,144 steps and fewer rounds",
+    report.draw_times,
+)
+layer = _bench(
+    "layer",
+    of_layers.measured,
+    "one small shape and fewer rounds",
+)
+packed = _bench(
+    "packed",
+    of_packed.measured,
+    "fewer and shorter sequences",
+)
+step = _bench(
+    "step",
+    of_steps.measured,
+    "one stream only and fewer rounds",
+)
+stream = _bench(
+    "stream",
+    of_streams.measured,
+    "a short context and fewer rounds",
+    of_streams.draw,
+    on_gpu=False,
+)
+mixers = _bench(
+    "mixers",
+    of_mixers.measured,
+    "a small shape and fewer rounds",
+)
+decision = _bench(
+    "decision",
+    of_decisions.measured,
+    "one episode at a time and fewer rounds",
+    on_gpu=False,
+)
+train_step = _bench(
+    "train-step",
+    of_training.measured,
+    "the model of the recipe demo instead of shakespeare",
+)
+memory = _bench(
+    "memory",
+    of_memory.measured,
+    "one small shape, once",
+    on_gpu=False,
+)
+chunk = _bench(
+    "chunk",
+    of_chunks.measured,
+    "two short lengths, once",
+    of_chunks.draw,
+    on_gpu=False,
+)
+scale = _bench(
+    "scale",
+    of_scale.measured,
+    "a small model and fewer splits, once",
+    of_scale.draw,
+    on_gpu=False,
+)
+gpu_static = of_gpu.measure

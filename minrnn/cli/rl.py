@@ -7,21 +7,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.progress import Progress as Bar
 from tyro.conf import Positional
 
-from minrnn import acting, checkpoint, ranks
+from minrnn import acting, checkpoint
 from minrnn.acting import ActingConfig
 from minrnn.collecting import CollectConfig, collect
 from minrnn.data import trajectory_files
 from minrnn.data.trajectories import Trajectories
 from minrnn.decision import DecisionModel
 from minrnn.recipes import RlConfig
-from minrnn.runs import decisions
 
 
 def train_rl(config: RlConfig) -> int:
     """Train a decision model on episodes that others played."""
+    from minrnn.runs import decisions
+
     return resume_rl(decisions.start(config))
 
 
@@ -31,6 +31,9 @@ def resume_rl(resume: Path) -> int:
     Args:
         resume: the run folder.
     """
+    from minrnn import ranks
+    from minrnn.runs import decisions
+
     result = decisions.go_on(resume)
     if not ranks.is_first():
         return 130 if result.interrupted else 0
@@ -55,6 +58,8 @@ def evaluate_rl(
         video: play one episode only and write it to this file (.mp4 or .gif).
         acting_config: how.
     """
+    from minrnn.runs import decisions
+
     config, facts = decisions.read(run), decisions.facts(run)
     model = checkpoint.load(run).model
     assert isinstance(model, DecisionModel)
@@ -152,6 +157,8 @@ def collect_trajectories(
         raise ValueError(f"{out} exists; choose another name")
     # refused now, not after hours of playing
     out.parent.mkdir(parents=True, exist_ok=True)
+    from rich.progress import Progress as Bar
+
     with Bar(disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("episodes", total=config.episodes)
 

@@ -8,7 +8,7 @@ from minrnn.cli import rl, text
 
 
 def resume_run(resume: Path) -> int:
-    """Go on with a training that was stopped or killed; `minrnn train text` or `rl` starts one.
+    """Resume a training that was stopped or killed; `minrnn train text` or `rl` starts one.
 
     Args:
         resume: the run folder.

@@ -8,10 +8,8 @@ from minrnn.serve.config import ServeConfig
 
 def serve_run(config: OmitArgPrefixes[ServeConfig]) -> int:
     """Serve a model over HTTP: OpenAI's completions, sessions, a page to try it."""
-    try:
-        from minrnn.serve.server import serve
-    except ModuleNotFoundError as missing:
-        hint = f"{missing.name} is missing: pip install 'minrnn[serve]'"
-        raise ModuleNotFoundError(hint) from missing
+    # the packages of the server take their time, and a line that is refused needs none of them
+    from minrnn.serve.server import serve
+
     serve(config, device_of(config.device))
     return 0

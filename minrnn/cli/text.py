@@ -8,26 +8,21 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from minrnn import checkpoint, info, losses, plots, ranks
+from minrnn import checkpoint
 from minrnn.cli.devices import device_of
 from minrnn.data import shakespeare
-from minrnn.data import text as text_data
 from minrnn.data.tokenizers import Characters
-from minrnn.evaluation import evaluate
 from minrnn.files import write_atomically
 from minrnn.models import LanguageModel
-from minrnn.packing import pack_model
-from minrnn.progress import reading
 from minrnn.recipes import TextConfig
-from minrnn.runs import corpora
-from minrnn.runs import text as text_runs
 from minrnn.runs.corpora import CorpusConfig
 from minrnn.sampling import Sampling
-from minrnn.stream import generate
 
 
 def train_text(config: TextConfig) -> int:
     """Train a language model on a text."""
+    from minrnn.runs import text as text_runs
+
     return resume_text(text_runs.start(config))
 
 
@@ -37,6 +32,9 @@ def resume_text(resume: Path) -> int:
     Args:
         resume: the run folder.
     """
+    from minrnn import plots, ranks
+    from minrnn.runs import text as text_runs
+
     result = text_runs.go_on(resume)
     if not ranks.is_first():
         return 130 if result.interrupted else 0
@@ -68,6 +66,11 @@ def evaluate_text(
         batch_size: windows at a time, or streams; None for 64, or the training's streams.
         device: where to compute; auto for a GPU if there is one.
     """
+    from minrnn import losses
+    from minrnn.data import text as text_data
+    from minrnn.evaluation import evaluate
+    from minrnn.runs import text as text_runs
+
     model, tokenizer = checkpoint.load(run)
     rows, streams = 64, False
     if not context:
@@ -111,7 +114,7 @@ def generate_text(
     sampling: Sampling = Sampling(),
     device: str = "cpu",
 ) -> int:
-    """Continue a prompt, symbol by symbol as they come, in memory that does not grow.
+    """Continue a prompt, token by token as they come, in memory that does not grow.
 
     Args:
         run: the run folder.
@@ -120,6 +123,9 @@ def generate_text(
         stop: end before this text appears.
         device: where to compute; auto for a GPU if there is one.
     """
+    from minrnn.packing import pack_model
+    from minrnn.stream import generate
+
     loaded, tokenizer = checkpoint.load(run)
     if tokenizer is None:
         raise ValueError(f"{run} was saved without a tokenizer")
@@ -142,6 +148,9 @@ def build_corpus(out: Positional[Path], corpus_config: CorpusConfig = CorpusConf
         out: the folder to write.
         corpus_config: the text, and what a symbol is.
     """
+    from minrnn.progress import reading
+    from minrnn.runs import corpora
+
     with reading("read") as progress:
         corpus = corpora.build(out, corpus_config, progress)
     print(
@@ -175,6 +184,8 @@ def show_info(run: Positional[Path | None] = None) -> int:
     Args:
         run: a run folder.
     """
+    from minrnn import info
+
     for line in info.describe() if run is None else info.describe_run(run):
         print(line)
     return 0

@@ -10,7 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a model, its targets, and which targets count."""
+    """Inputs of a model, its targets, and which targets count.
+
+    Raises:
+        ValueError: the first two axes, (B, T), differ.
+        TypeError: the mask is not bool: as integers it would be read as row numbers.
+    """
 
     inputs: Tensor
     """(B, T) tokens, or (B, T, features)."""
@@ -25,6 +30,17 @@ class Batch:
         """The batch with `function` applied to each of its tensors, e.g. a slice."""
         cpu_mask = None if self.cpu_mask is None else function(self.cpu_mask)
         return Batch(function(self.inputs), function(self.targets), function(self.mask), cpu_mask)
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool:
+            raise TypeError(f"`mask` must be bool, got {self.mask.dtype}")
+        for name in ("inputs", "targets"):
+            shape = tuple(getattr(self, name).shape)
+            if shape[:2] != tuple(self.mask.shape):
+                raise ValueError(
+                    f"`{name}` must begin with the shape (B, T) = {tuple(self.mask.shape)} of "
+                    f"`mask`, got {shape}"
+                )
 
     def rows(self, which: slice) -> "Batch":
         """The rows `which`."""

@@ -13,6 +13,32 @@ import numpy as np
 _PIECE, _AT_ONCE = 1 << 16, 16
 
 
+def known_id(i: int, vocab_size: int) -> int:
+    """`i`, if it is an id; a negative one would count from the end.
+
+    Raises:
+        ValueError: it is not in [0, vocab_size).
+    """
+    if not 0 <= i < vocab_size:
+        raise ValueError(f"`ids` must be in [0, V) = [0, {vocab_size}), got {i}")
+    return i
+
+
+def to_utf8(text: str, errors: str = "strict") -> bytes:
+    """`text` in UTF-8.
+
+    Raises:
+        ValueError: it holds half a surrogate pair, which is no character.
+    """
+    try:
+        return text.encode("utf-8", errors)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {text[error.start]!r} (U+{ord(text[error.start]):04X}) at place "
+            f"{error.start} is half a surrogate pair, and no text of UTF-8 holds one"
+        ) from error
+
+
 class BPE:
     """Each byte of the UTF-8 text is a symbol, and so is each pair of symbols that was merged.
 
@@ -66,7 +92,9 @@ class BPE:
 
         Raises:
             ModuleNotFoundError: the package tokenizers is not installed.
+            ValueError: `text` holds half a surrogate pair.
         """
+        to_utf8(text)
         return np.concatenate([np.zeros(0, dtype=np.int64), *self.encode_blocks([text])])
 
     def encode_blocks(self, blocks: Iterable[str]) -> Iterator[np.ndarray]:
@@ -78,13 +106,15 @@ class BPE:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
+        return b"".join(self._bytes[known_id(i, self.vocab_size)] for i in ids).decode(
+            "utf-8", errors="replace"
+        )
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of each id as it comes: "" until a character is complete."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
-            yield decoder.decode(self._bytes[i])
+            yield decoder.decode(self._bytes[known_id(i, self.vocab_size)])
         yield decoder.decode(b"", final=True)
 
     def to_json(self) -> dict[str, Any]:

@@ -100,9 +100,19 @@ class RowsUnit:
         rows = open_dataset(self.name, self.split, self.column)
         for first in range(self.first, self.stop, _ROWS):
             texts = rows[first : min(first + _ROWS, self.stop)][self.column]
+            _check_texts(texts, self.name, self.column, first)
             lines = (text if text.endswith("\n") else text + "\n" for text in texts)
             yield Block(self.name, first, "".join(lines).encode("utf-8"), len(texts))
         yield Block(self.name, self.stop, b"", 0)
+
+
+def _check_texts(values: Sequence[Any], name: str, column: str, first: int) -> None:
+    for row, value in enumerate(values, start=first):
+        if not isinstance(value, str):
+            kind = "null" if value is None else type(value).__name__
+            raise ValueError(
+                f"`column` must hold texts, {column!r} of {name} has {kind} in row {row}"
+            )
 
 
 def of_files(source: Path) -> list[Unit]:
@@ -163,7 +173,7 @@ def open_dataset(name: str, split: str, column: str) -> Any:
     """The rows of a dataset."""
     try:
         import datasets
-        from datasets.exceptions import DatasetNotFoundError
+        from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "`dataset` needs the package datasets, which is not installed: "
@@ -181,6 +191,12 @@ def open_dataset(name: str, split: str, column: str) -> Any:
             found = datasets.load_dataset(name, split=split)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"`dataset` must name a dataset, got {name!r}: {error}") from error
+    except DatasetGenerationError as error:
+        # its own message says nothing; that of the reader has the row
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"`dataset` must hold rows, {name!r} cannot be read: {reason!s:.300}"
+        ) from error
     if column not in found.column_names:
         known = ", ".join(found.column_names)
         raise ValueError(f"`column` must be one of {known}, got {column!r}")

@@ -233,7 +233,8 @@ def _save(corpus: Corpus) -> None:
         "shards": corpus.shards,
     }
     content = json.dumps(saved, ensure_ascii=False, indent=1)
-    write_atomically(corpus.folder / "corpus.json", content.encode("utf-8"))
+    # a vocabulary may hold half surrogates: as JSON's escapes
+    write_atomically(corpus.folder / "corpus.json", content.encode("utf-8", "backslashreplace"))
 
 
 def _batch(windows: np.ndarray, mask: np.ndarray) -> Batch:

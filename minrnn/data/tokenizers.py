@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minrnn.data.bpe import BPE
+from minrnn.data.bpe import BPE, known_id, to_utf8
 
 # what a person asks for: "characters", "bytes", or "bpe:V"
 Kind = str
@@ -67,12 +67,12 @@ class Characters:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`."""
-        return "".join(self.vocabulary[i] for i in ids)
+        return "".join(self.vocabulary[known_id(i, self.vocab_size)] for i in ids)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of each id as it comes."""
         for i in ids:
-            yield self.vocabulary[i]
+            yield self.vocabulary[known_id(i, self.vocab_size)]
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` needs."""
@@ -98,18 +98,25 @@ class Bytes:
         return np.ones(self.vocab_size, dtype=np.int64)
 
     def encode(self, text: str) -> np.ndarray:
-        """The bytes of `text`, (T,) int64."""
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+        """The bytes of `text`, (T,) int64.
+
+        Bytes of a command line or a file name that are not UTF-8 stay what they are.
+
+        Raises:
+            ValueError: `text` holds half a surrogate pair that stands for no byte.
+        """
+        content = to_utf8(text, "surrogateescape")
+        return np.frombuffer(content, dtype=np.uint8).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return bytes(ids).decode("utf-8", errors="replace")
+        return bytes(known_id(i, self.vocab_size) for i in ids).decode("utf-8", errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of each id as it comes: "" until a character is complete."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
-            yield decoder.decode(bytes([i]))
+            yield decoder.decode(bytes([known_id(i, self.vocab_size)]))
         yield decoder.decode(b"", final=True)
 
     def to_json(self) -> dict[str, Any]:

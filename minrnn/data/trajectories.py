@@ -176,8 +176,20 @@ class Trajectories:
         return self.take(np.sort(order[: int(enough.argmax()) + 1]))
 
     def take(self, episodes: Sequence[int] | np.ndarray) -> "Trajectories":
-        """The `episodes`, by number, in that order."""
-        rows = np.concatenate([np.arange(self.starts[e], self.ends[e]) for e in episodes])
+        """The `episodes`, in that order.
+
+        Args:
+            episodes: numbers in [0, E); or a mask, (E,) bool, e.g. `data.returns > 100`.
+
+        Raises:
+            ValueError: a number is outside, `episodes` has not one axis, a mask has not E entries,
+                or no episode is left.
+            TypeError: `episodes` holds neither integers nor bools.
+        """
+        episodes = _numbers(episodes, self.num_episodes)
+        if len(episodes) == 0:
+            raise ValueError("`episodes` must select at least one episode, got none")
+        rows = np.concatenate([np.arange(self.starts[e], self.ends[e]) for e in episodes.tolist()])
         return Trajectories(
             self.observations[rows],
             self.actions[rows],
@@ -218,6 +230,26 @@ def checked_reference(value: Any) -> tuple[float, float]:
             f"`reference` must be two finite returns (random, expert), rising, got {value}"
         )
     return lowest, highest
+
+
+def _numbers(episodes: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
+    """`episodes` as numbers in [0, count)."""
+    found = np.asarray(episodes)
+    if found.ndim != 1:
+        raise ValueError(f"`episodes` must have one axis, (N,), got shape {found.shape}")
+    if found.dtype == bool:
+        if len(found) != count:
+            raise ValueError(
+                f"`episodes` as a mask must have E = {count} entries, got {len(found)}"
+            )
+        return found.nonzero()[0]
+    if len(found) and found.dtype.kind not in "iu":
+        raise TypeError(f"`episodes` must hold integers or bools, got {found.dtype}")
+    outside = (found < 0) | (found >= count)
+    if outside.any():
+        bad = int(found[outside][0])
+        raise ValueError(f"`episodes` must be in [0, E) = [0, {count}), got {bad}")
+    return found.astype(np.int64)
 
 
 def normalized(value: float, reference: tuple[float, float] | None) -> float | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minrnn.state import State
+from minrnn.state import State, row_numbers
 
 
 class Part(NamedTuple):
@@ -66,8 +66,8 @@ class StateCache:
         return self.length
 
     def select(self, rows: Sequence[int] | Tensor) -> "StateCache":
-        """The rows `rows`, in that order; a row may be taken more than once."""
-        rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        """The rows `rows`, in that order: numbers or a mask, as in `State.select`."""
+        rows = row_numbers(rows, self.batch_size).tolist()
         parts = []
         for part in self.parts:
             places = {row: place for place, row in enumerate(part.rows)}

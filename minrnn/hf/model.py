@@ -1,5 +1,6 @@
 """`minrnn.LanguageModel` for transformers: `generate`, `Trainer` and pipelines take it."""
 
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from minrnn.hf import adapters
 from minrnn.hf.cache import Part, StateCache
 from minrnn.hf.config import MinRNNConfig
 from minrnn.hf.generation import StateGenerationMixin
-from minrnn.hf.padding import IGNORED, Tokens, find_tokens, group, spread
+from minrnn.hf.padding import IGNORED, Tokens, find_tokens, group, model_inputs, spread
 from minrnn.models import LanguageModel, ModelConfig
+from minrnn.plain import match_dtypes
 from minrnn.state import State
 
 
@@ -114,7 +116,7 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
         for name in ("seq_idx", "cu_seq_lens_q"):
             if kwargs.get(name) is not None and position_ids is None:
                 raise ValueError(f"`{name}` must come with `position_ids`, which start sequences")
-        inputs = _inputs(input_ids, inputs_embeds)
+        inputs = model_inputs(input_ids, inputs_embeds)
         if past_key_values is not None:
             self._check_past(past_key_values, inputs.shape[0])
         pad_id = self.config.vocab_size
@@ -255,25 +257,35 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Open a run folder, or what transformers finds by a name.
 
+        Without `dtype` each weight of a run folder keeps the dtype that it was saved in.
+
         Raises:
             ValueError: the weights are damaged, or are not those of the configuration.
             ImportError: the folder holds an adapter, and `peft` is not installed.
         """
         wanted = kwargs.pop("output_loading_info", False)
         folder = Path(str(pretrained_model_name_or_path))
-        weights = folder / checkpoint.WEIGHTS
+        weights, saved = folder / checkpoint.WEIGHTS, {}
         adapted = (folder / checkpoint.ADAPTER_CONFIG).is_file()
         if adapted:
             adapters.require_peft(folder)
         if weights.is_file():
-            tensors, notes = checkpoint.read_tensors(weights)
+            saved, notes = checkpoint.read_tensors(weights)
             if adapted and "adapter" in notes:
-                model, found = cls._with_adapter(folder, tensors, notes, *args, **kwargs)
+                model, found = cls._with_adapter(folder, saved, notes, *args, **kwargs)
                 return (model, found) if wanted else model
+        kinds = {x.dtype for x in saved.values() if x.is_floating_point()}
+        # transformers would load all in one dtype: that must be the widest, to lose nothing
+        each = len(kinds) > 1 and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto")
+        if each:
+            kwargs = kwargs | {"dtype": functools.reduce(torch.promote_types, kinds)}
+            kwargs.pop("torch_dtype", None)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         model, found = loaded
+        if each:
+            match_dtypes(model, saved)
         if model.generation_config.pad_token_id is None:
             # made anew, for a run that has no generation_config.json
             model.generation_config.pad_token_id = model.config.vocab_size
@@ -356,6 +368,7 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
         if config.tie_word_embeddings:
             tensors["head.weight"] = tensors["embedding.weight"].clone()
+            notes["tied"] = [["embedding.weight", "head.weight"]]
         adapted = self._has_adapter()
         adapters.check_weights(tensors, config.model_config, adapted)
         folder = checkpoint.make_folder(save_directory)
@@ -380,17 +393,3 @@ class MinRNNForCausalLM(PreTrainedModel, StateGenerationMixin):
         if not self._has_adapter():
             raise ValueError("`merged` needs an adapter of `add_adapter`, the model has none")
         return adapters.merged(self)
-
-
-def _inputs(ids: Tensor | None, embedded: Tensor | None) -> Tensor:
-    """Ids (B, T), or what stands for them (B, T, width)."""
-    if ids is not None and embedded is None:
-        inputs, dims = ids, 2
-    elif embedded is not None and ids is None:
-        inputs, dims = embedded, 3
-    else:
-        raise ValueError("one of `input_ids` and `inputs_embeds` must be given, got both or none")
-    if inputs.dim() != dims or inputs.shape[1] < 1:
-        name, sizes = ("input_ids", "(B, T)") if dims == 2 else ("inputs_embeds", "(B, T, width)")
-        raise ValueError(f"`{name}` must have shape {sizes} with T >= 1, got {tuple(inputs.shape)}")
-    return inputs

@@ -116,3 +116,17 @@ def group(keys: Sequence[int]) -> dict[int, list[int]]:
 
 def _blank(y: Tensor, empty: Tensor) -> Tensor:
     return y.masked_fill(empty[:, :, None], 0.0)
+
+
+def model_inputs(ids: Tensor | None, embedded: Tensor | None) -> Tensor:
+    """Ids (B, T), or what stands for them (B, T, width)."""
+    if ids is not None and embedded is None:
+        inputs, dims = ids, 2
+    elif embedded is not None and ids is None:
+        inputs, dims = embedded, 3
+    else:
+        raise ValueError("one of `input_ids` and `inputs_embeds` must be given, got both or none")
+    if inputs.dim() != dims or inputs.shape[1] < 1:
+        name, sizes = ("input_ids", "(B, T)") if dims == 2 else ("inputs_embeds", "(B, T, width)")
+        raise ValueError(f"`{name}` must have shape {sizes} with T >= 1, got {tuple(inputs.shape)}")
+    return inputs

@@ -37,9 +37,16 @@ def new_folder(folder: Path, writes: Sequence[str]) -> Iterator[None]:
     """Make `folder`; if the block fails, remove what it `writes` there, and the folder if made.
 
     Raises:
-        ValueError: the folder holds something already.
+        ValueError: the folder holds something already, or its name is not UTF-8.
         SaveError: it cannot be made.
     """
+    try:
+        str(folder.resolve()).encode("utf-8")
+    except UnicodeEncodeError as error:
+        # TensorBoard writes to no other
+        raise ValueError(
+            f"the run folder must have a name in UTF-8, got {str(folder)!r}"
+        ) from error
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"{folder} is not empty; go on with a run in it by --resume {folder}, "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minrnn.configs import check_fields
-from minrnn.models import TextModel
+from minrnn.models import TextModel, checked_ids
 from minrnn.sampling import Sampling, Uniforms, draw
 from minrnn.serve.prefixes import PrefixStore, Read
 from minrnn.serve.requests import Ending, Listener, Reason, Request, Scored, scored
@@ -147,8 +147,29 @@ class Engine:
         """Whether `step` has something to do."""
         return bool(self._prompts or self._groups)
 
+    def check(self, request: Request, listeners: Sequence[Listener]) -> None:
+        """Whether `submit` would take these; from any thread.
+
+        Raises:
+            ValueError: an id of the prompt is unknown, or the state or the listeners do not fit.
+            TypeError: the prompt holds no integers.
+        """
+        checked_ids(request.prompt, self.model.config.vocab_size)
+        if request.state is not None and request.state.batch_size != 1:
+            raise ValueError(f"`state` must have one row, got {request.state.batch_size}")
+        if len(listeners) != len(request.samplings):
+            raise ValueError(
+                f"`listeners` must be one for each of {len(request.samplings)} samplings, "
+                f"got {len(listeners)}"
+            )
+
     def submit(self, request: Request, listeners: Sequence[Listener]) -> None:
-        """Take a request; `listeners`, one for each of its samplings, hear of its texts."""
+        """Take a request; `listeners`, one for each of its samplings, hear of its texts.
+
+        Raises:
+            ValueError, TypeError: see `check`.
+        """
+        self.check(request, listeners)
         deadline = self.clock() + request.seconds
         if request.state is not None:
             state = request.state.map(lambda x: x.to(self.device))

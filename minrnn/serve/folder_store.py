@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minrnn.checkpoint import SaveError
-from minrnn.files import remove_leftovers, write_atomically
+from minrnn.files import make_private_folder, remove_leftovers, write_atomically
 from minrnn.serve.sessions import SessionStore, place_of
 
 if sys.platform == "win32":
@@ -23,10 +23,12 @@ _LEFT = 600.0
 class FolderStore(SessionStore):
     """A folder of sessions; a file is whole or not there, whatever kills the process.
 
-    A claim is a lock on a file beside it, which goes with the process, however it ends.
+    A claim is a lock on a file beside it, which goes with the process, however it ends. Sessions
+    hold what users wrote: only the user that the server runs as may open the files and the
+    folders that this makes, whatever the umask.
 
     Args:
-        folder: made if missing.
+        folder: made if missing; one that is there keeps its permissions.
         model: what tells one model's sessions from another's, e.g. a checksum of its weights.
         most: sessions of one owner.
 
@@ -50,9 +52,10 @@ class FolderStore(SessionStore):
         super().__init__(model, most)
         self.folder = folder
         self._claimed: dict[tuple[str, str], int] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         for owned in folder.iterdir():
             if owned.is_dir():
+                _close_to_others(owned)
                 remove_leftovers(owned, _LEFT)
 
     def names(self, owner: str) -> list[str]:
@@ -78,8 +81,8 @@ class FolderStore(SessionStore):
         """
         path = self._path(owner, name)
         try:
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, content)
+            make_private_folder(path.parent)
+            write_atomically(path, content, private=True)
         except OSError as error:
             raise SaveError(f"cannot save {path}: {error.strerror or error}") from error
 
@@ -94,7 +97,7 @@ class FolderStore(SessionStore):
     def claim(self, owner: str, name: str) -> bool:
         """Take a session for this server; False if another has it."""
         path = self._lock(owner, name)
-        path.parent.mkdir(exist_ok=True)
+        make_private_folder(path.parent)
         while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             if fcntl is not None:
@@ -134,6 +137,12 @@ class FolderStore(SessionStore):
 
     def _lock(self, owner: str, name: str) -> Path:
         return self._folder(owner) / f".{name}.lock"
+
+
+def _close_to_others(folder: Path) -> None:
+    """Close a folder of sessions, if it is ours: an older version left it open to all."""
+    if os.name != "nt" and folder.stat().st_mode & 0o077 and folder.stat().st_uid == os.geteuid():
+        folder.chmod(0o700)
 
 
 def _is_file_of(handle: int, path: Path) -> bool:

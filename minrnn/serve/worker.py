@@ -33,7 +33,13 @@ class Worker:
         return self._thread.is_alive() and not self._closed
 
     def submit(self, request: Request, listeners: Sequence[Listener]) -> None:
-        """Have a request served; its listeners hear of it in the engine's thread."""
+        """Have a request served; its listeners hear of it in the engine's thread.
+
+        Raises:
+            ValueError, TypeError: the request does not fit; see `Engine.check`.
+        """
+        # here: in the engine's thread its error would end all texts
+        self.engine.check(request, listeners)
         self._call(lambda: self.engine.submit(request, listeners))
 
     def cancel(self, listener: Listener) -> None:
