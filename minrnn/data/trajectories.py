@@ -189,7 +189,8 @@ class Trajectories:
         episodes = _numbers(episodes, self.num_episodes)
         if len(episodes) == 0:
             raise ValueError("`episodes` must select at least one episode, got none")
-        rows = np.concatenate([np.arange(self.starts[e], self.ends[e]) for e in episodes.tolist()])
+        bounds = zip(self.starts[episodes].tolist(), self.ends[episodes].tolist(), strict=True)
+        rows = np.concatenate([np.arange(first, end) for first, end in bounds])
         return Trajectories(
             self.observations[rows],
             self.actions[rows],
