@@ -92,7 +92,7 @@ def test_a_corpus_has_the_ids_of_the_whole_text(tmp_path, monkeypatch, block: in
     assert text.load(tmp_path / "corpus").tokenizer.to_json() == corpus.tokenizer.to_json()
     first = corpus.tokenizer.byte_lengths[corpus.tokens("valid")[:1]][0]
     after = corpus.tokenizer.decode(corpus.tokens("valid")[:].tolist()).encode()
-    assert corpus.num_bytes("valid") == len(after) - first
+    assert corpus.num_bytes() == len(after) - first
 
 
 def test_what_is_validated_on_is_not_learnt_from(tmp_path) -> None:
@@ -146,7 +146,7 @@ def test_the_command_trains_on_pairs(tmp_path, capsys) -> None:
     corpus = text.load(out / "corpus")
     assert figures["symbols"] == corpus.num_tokens - corpus.num_train - 1
     bits = figures["bits"] * figures["symbols"]
-    assert figures["bits_per_byte"] == pytest.approx(bits / corpus.num_bytes("valid"), rel=1e-12)
+    assert figures["bits_per_byte"] == pytest.approx(bits / corpus.num_bytes(), rel=1e-12)
     assert figures["bits_per_byte"] < figures["bits"]
     model, tokenizer = minrnn.load(out)
     assert model.config.vocab_size == tokenizer.vocab_size == 280

@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 from minrnn.data import sources, tokenizers
 from minrnn.data.bpe import BPE
 from minrnn.data.sources import Unit
-from minrnn.data.tokenizers import Bytes, Tokenizer
+from minrnn.data.tokenizers import Bytes, Tokenizer, UnknownCharacterError
 from minrnn.files import replacing
 
 _BLOCK = 1 << 22
@@ -68,7 +69,12 @@ class Tokens:
 
     def _map(self, number: int) -> np.ndarray:
         if number not in self._maps:
-            self._maps[number] = np.memmap(self._paths[number], self.dtype, "r")
+            path = self._paths[number]
+            try:
+                self._maps[number] = np.memmap(path, self.dtype, "r")
+            except FileNotFoundError as error:
+                message = f"{path} is gone: the corpus was rebuilt or removed while it was read"
+                raise FileNotFoundError(message) from error
         return self._maps[number]
 
 
@@ -86,15 +92,14 @@ def write(
 ) -> list[Shard]:
     """Write the ids of each unit to a file of its own, several units side by side.
 
+    The name of a file holds the beginning of its SHA-256, so that no other ids ever take the name
+    of a file that is being read.
+
     Raises:
         ValueError: a unit is not UTF-8, or has a character that is not known.
     """
-    single = len(units) == 1
-    names = ["tokens.bin"] if single else [f"tokens-{n:05}.bin" for n in range(len(units))]
-    tasks = [
-        partial(_write, unit, folder / name, tokenizer.to_json())
-        for unit, name in zip(units, names, strict=True)
-    ]
+    saved = tokenizer.to_json()
+    tasks = [partial(_write, unit, folder, number, saved) for number, unit in enumerate(units)]
     return _all(tasks, units, processes, progress)
 
 
@@ -136,17 +141,25 @@ def _nothing(size: int) -> None:
 
 
 def _write(
-    unit: Unit, path: Path, saved: dict[str, Any], progress: Callable[[int], None] = _nothing
+    unit: Unit,
+    folder: Path,
+    number: int,
+    saved: dict[str, Any],
+    progress: Callable[[int], None] = _nothing,
 ) -> Shard:
     tokenizer = tokenizers.from_json(saved)
     dtype, count, digest = id_dtype(tokenizer.vocab_size), 0, hashlib.sha256()
-    with replacing(path) as file:
+    # a name that `remove_leftovers` knows, until the digest is known
+    written = folder / f".tokens-{number:05}.tmp"
+    with replacing(written) as file:
         for block in _ids(unit, tokenizer, progress):
             content = block.astype(dtype).tobytes()
             file.write(content)
             digest.update(content)
             count += len(block)
-    return Shard(path.name, count, digest.hexdigest())
+    name = f"tokens-{number:05}-{digest.hexdigest()[:16]}.bin"
+    os.replace(written, folder / name)
+    return Shard(name, count, digest.hexdigest())
 
 
 def _ids(unit: Unit, tokenizer: Tokenizer, progress: Callable[[int], None]) -> Iterator[np.ndarray]:
@@ -155,18 +168,23 @@ def _ids(unit: Unit, tokenizer: Tokenizer, progress: Callable[[int], None]) -> I
             progress(block.read)
             yield np.frombuffer(block.content, dtype=np.uint8)
         return
-    texts = sources.characters(unit, progress)
+    chunks = sources.characters(unit, progress)
     if isinstance(tokenizer, BPE):
-        yield from tokenizer.encode_blocks(texts)
-    else:
-        yield from map(tokenizer.encode, texts)
+        yield from tokenizer.encode_blocks(chunk.text for chunk in chunks)
+        return
+    for chunk in chunks:
+        try:
+            yield tokenizer.encode(chunk.text)
+        except UnknownCharacterError as error:
+            message = f"{unit.place(chunk, error.index)}: {error.what}"
+            raise ValueError(message) from error
 
 
 def _seen(unit: Unit, progress: Callable[[int], None] = _nothing) -> np.ndarray:
     """The code points of a unit."""
     seen = np.zeros(_NUM_CODE_POINTS, dtype=bool)
-    for text in sources.characters(unit, progress):
-        seen[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)] = True
+    for chunk in sources.characters(unit, progress):
+        seen[np.frombuffer(chunk.text.encode("utf-32-le"), dtype=np.uint32)] = True
     return np.flatnonzero(seen)
 
 

@@ -12,7 +12,8 @@ from minrnn.data.trajectories import TARGET_RETURNS, Trajectories, value_of
 from minrnn.decision import DecisionModel
 from minrnn.progress import Progress
 from minrnn.recipes import RlConfig
-from minrnn.runs.folder import chosen_folder, new_folder, restarted
+from minrnn.runs.folder import new_folder, restarted_in
+from minrnn.runs.settings import check_model
 from minrnn.tasks import DecisionTask
 from minrnn.train import Result, train
 from minrnn.train_config import TrainConfig
@@ -32,12 +33,14 @@ def start(config: RlConfig) -> Path:
 
 
 def _start(config: RlConfig) -> Path:
-    folder = config.out or chosen_folder(Path("runs"), "rl")
-    if restarted() and (folder / "config.json").is_file():
-        return folder
+    default = Path("runs", "rl")
+    restarted = restarted_in(config.out, default)
+    if restarted is not None:
+        return restarted
     if not config.data:
         raise ValueError("`data` must name at least one set of episodes, got none")
-    with new_folder(folder, ("config.json",)):
+    out, numbered = config.out or default, config.out is None
+    with new_folder(out, ("config.json",), numbered=numbered) as folder:
         data = _read(config)
         if data.environment is None:
             raise ValueError("the data does not say its environment; give it by --env")
@@ -46,6 +49,7 @@ def _start(config: RlConfig) -> Path:
             low, high = environment.action_space.low, environment.action_space.high
         sizes = {"observation_size": data.observations.shape[1], "action_size": low.shape[0]}
         model = dataclasses.replace(config.model, **sizes)
+        check_model(DecisionModel, model, config.train, config.context)
         facts = {
             "trajectories": _to_json(config),
             "decision_model": dataclasses.asdict(model),
