@@ -25,7 +25,7 @@ STOREYS = [
     {"data", "losses"},
     {"checkpoint", "tasks", "train_config", "ranks", "gradients"},
     {"training_state", "launching", "evaluation"},
-    {"train", "stream", "interrupts", "packing"},
+    {"train", "stream", "interrupts", "events", "packing"},
     {"serve"},
     {"plots", "progress", "recipes", "acting"},
     {"collecting"},

@@ -85,6 +85,7 @@ def go_on(folder: Path) -> Result:
             task, facts = _task(config, corpus), _facts(config, corpus)
             if saved != saved | facts:
                 ranks.on_first(lambda: checkpoint.write_config(folder, saved | facts))
+            progress.num_valid = corpus.num_targets(config.num_validated)
             torch.manual_seed(config.train.seed)
             model = checkpoint.build_model(folder / "config.json", facts)
             return train(model, task, config.train, folder, progress.report)
