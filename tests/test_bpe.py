@@ -10,7 +10,7 @@ import pytest
 
 import minrnn
 from minrnn import cli
-from minrnn.data import bpe, sources, text, tokenizers
+from minrnn.data import bpe, sources, text, tokenizers, words
 from minrnn.data.bpe import BPE
 from minrnn.stream import Sampling, generate
 
@@ -74,7 +74,7 @@ def test_learning_is_exact_and_limited(learnt: BPE) -> None:
 def test_how_a_text_is_cut_changes_no_id(learnt: BPE, monkeypatch) -> None:
     whole = learnt.encode(WORDS * 10).tolist()
     assert whole == learnt.fast.encode(WORDS * 10).ids
-    monkeypatch.setattr(bpe, "_PIECE", 64)
+    monkeypatch.setattr(words, "PIECE", 64)
     assert learnt.encode(WORDS * 10).tolist() == whole
     blocks = [WORDS * 3, "", WORDS, *(WORDS * 6)]
     assert np.concatenate(list(learnt.encode_blocks(blocks))).tolist() == whole

@@ -17,6 +17,7 @@ from minrnn.data.text import Corpus
 from minrnn.data.tokenizers import Characters, Tokenizer, name_of
 from minrnn.evaluation import evaluate
 from minrnn.files import write_atomically
+from minrnn.interrupts import terminable
 from minrnn.models import LanguageModel
 from minrnn.packing import pack_model
 from minrnn.progress import reading
@@ -28,11 +29,13 @@ from minrnn.sampling import Sampling
 from minrnn.stream import generate
 
 
+@terminable()
 def train_text(config: TextConfig) -> int:
     """Train a language model on a text."""
     return resume_text(text_runs.start(config))
 
 
+@terminable()
 def resume_text(resume: Path) -> int:
     """Go on with a training on a text.
 
@@ -51,6 +54,7 @@ def resume_text(resume: Path) -> int:
     return 0
 
 
+@terminable()
 def evaluate_text(
     run: Positional[Path],
     data: Path | None = None,
@@ -163,6 +167,7 @@ def generate_text(
     return 0
 
 
+@terminable()
 def build_corpus(out: Positional[Path], corpus_config: CorpusConfig = CorpusConfig()) -> int:
     """Turn a text of any size into ids once, for trainings that take the folder by --data.
 

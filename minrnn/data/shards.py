@@ -3,8 +3,10 @@
 import hashlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -120,7 +122,9 @@ def _all(
         return [task(progress) for task in tasks]
     # spawned: a fork would copy threads' locks
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context) as pool:
+    stop = context.Event()
+    options: dict[str, Any] = {"mp_context": context, "initializer": _begin, "initargs": (stop,)}
+    with ProcessPoolExecutor(min(processes, len(tasks)), **options) as pool:
         numbers = {pool.submit(task): number for number, task in enumerate(tasks)}
         found: dict[int, _T] = {}
         waiting = set(numbers)
@@ -130,14 +134,33 @@ def _all(
                 for one in done:
                     found[numbers[one]] = one.result()
                     progress(units[numbers[one]].size)
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process that reads the text was killed; fewer `processes` need less memory"
+            ) from error
         except BaseException:
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
     return [found[number] for number in range(len(tasks))]
 
 
-def _nothing(size: int) -> None:
-    """In a process of its own nobody watches."""
+# set in a process of its own when the others are to stop
+_stop: Any = None
+
+
+def _begin(stop: Any) -> None:
+    """Leave signals to the first process, which sets `stop`."""
+    global _stop
+    _stop = stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _poll(size: int) -> None:
+    """What a process of its own calls for each block, in place of showing its progress."""
+    if _stop is not None and _stop.is_set():
+        raise InterruptedError("another process was stopped")
 
 
 def _write(
@@ -145,7 +168,7 @@ def _write(
     folder: Path,
     number: int,
     saved: dict[str, Any],
-    progress: Callable[[int], None] = _nothing,
+    progress: Callable[[int], None] = _poll,
 ) -> Shard:
     tokenizer = tokenizers.from_json(saved)
     dtype, count, digest = id_dtype(tokenizer.vocab_size), 0, hashlib.sha256()
@@ -180,7 +203,7 @@ def _ids(unit: Unit, tokenizer: Tokenizer, progress: Callable[[int], None]) -> I
             raise ValueError(message) from error
 
 
-def _seen(unit: Unit, progress: Callable[[int], None] = _nothing) -> np.ndarray:
+def _seen(unit: Unit, progress: Callable[[int], None] = _poll) -> np.ndarray:
     """The code points of a unit."""
     seen = np.zeros(_NUM_CODE_POINTS, dtype=bool)
     for chunk in sources.characters(unit, progress):

@@ -321,7 +321,8 @@ def _made(
     """The tokenizer `kind`, from the text; BPE from the first `share` of it."""
     size = tokenizers.bpe_size(kind)
     if size:
-        return bpe.learn(_beginning(units, share, progress), size)
+        num_bytes = int(share * sources.total(units))
+        return bpe.learn(_beginning(units, share, progress), size, num_bytes)
     if kind == Bytes.kind:
         return Bytes()
     return Characters(shards.vocabulary(units, processes, progress))
