@@ -2,11 +2,15 @@
 
 import codecs
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from training import python
 
 import minrnn
 from minrnn import cli
@@ -78,8 +82,95 @@ def test_how_a_text_is_cut_changes_no_id(learnt: BPE, monkeypatch) -> None:
     assert learnt.encode(WORDS * 10).tolist() == whole
     blocks = [WORDS * 3, "", WORDS, *(WORDS * 6)]
     assert np.concatenate(list(learnt.encode_blocks(blocks))).tolist() == whole
-    # nowhere to cut: still all of it
-    assert learnt.decode(learnt.encode("the" * 100).tolist()) == "the" * 100
+
+
+LONG = {
+    "letters": "漢字" * 300,
+    "one letter": "t" * 500,
+    "spaces": "the" + " " * 300 + "the",
+    "blank lines": "the" + "\n" * 300 + "  the",
+    "ends in spaces": "the" + " \t" * 200,
+    "marks": "the" + "'!" * 200 + "'s the",
+    "quotes": "'" * 201 + "the 're" + "'" * 200,
+    "space before": "a " + "漢" * 400 + "。the",
+    "digits": "12" * 200 + "٣" * 200 + "the",
+    "thai": "กัน" * 200,
+    "words": WORDS * 10,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("piece", [16, 33, 100])
+def test_ids_are_those_of_the_whole_however_long_a_word(monkeypatch, name, piece: int) -> None:
+    content = LONG[name]
+    learnt = bpe.learn([WORDS * 20, content], 330)
+    whole = learnt.fast.encode(content).ids
+    monkeypatch.setattr(words, "PIECE", piece)
+    for size in (1, 7, 50, len(content)):
+        # a file may end in an empty block
+        blocks = [content[n : n + size] for n in range(0, len(content), size)]
+        blocks = [x for block in blocks for x in (block, "")]
+        assert np.concatenate(list(learnt.encode_blocks(blocks))).tolist() == whole
+
+
+def test_a_word_beyond_what_is_read_at_a_time_has_its_ids() -> None:
+    content = "the" + "漢字字" * 40_000 + " the"
+    learnt = bpe.learn(["the the 漢字字漢字 漢字字字漢"] * 50, 290)
+    assert learnt.encode(content).tolist() == learnt.fast.encode(content).ids
+
+
+def test_what_is_learnt_from_is_bounded(monkeypatch) -> None:
+    monkeypatch.setattr(words, "_LEARNT", 3000)
+    monkeypatch.setattr(words, "PIECE", 1000)
+    # few different words: all of the text
+    assert "".join(words.sample([WORDS * 500])) == WORDS * 500
+    # all different
+    content = "".join(chr(0x4E00 + n) for n in range(20_000))
+    for separator in ("", "。", " "):
+        text_ = separator.join(content[n : n + 9] for n in range(0, len(content), 9))
+        kept = "\n".join(words.sample([text_], len(text_.encode()))).split("\n")
+        found = {word.strip("。") for word in kept}
+        assert 2000 < len("".join(found).encode()) <= 3000
+        assert max(map(len, kept)) <= 64
+        # from all of it, not from its beginning alone
+        places = sorted(text_.index(word) for word in found if word.strip())
+        assert places[len(places) // 2] > len(text_) // 5
+        assert places[-1] > 0.8 * len(text_)
+
+
+MEMORY = """
+import resource, sys
+from minrnn.data import bpe, words
+words._LEARNT = 1 << 17
+content = "".join(chr(0x4E00 + n * n % 20011) for n in range(350_000))
+if sys.argv[1]:
+    content = sys.argv[1].join(content[n : n + 9] for n in range(0, len(content), 9))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+bpe.learn(["a b"], 300).encode("a b")
+before = peak()
+learnt = bpe.learn([content], 300)
+assert sum(len(ids) for ids in learnt.encode_blocks([content])) > 1e4
+print(peak() - before, len(content.encode()) / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.parametrize("separator", ["", "。"])
+def test_memory_does_not_go_by_the_text(separator: str) -> None:
+    done = python(MEMORY, separator)
+    assert done.returncode == 0, done.stderr
+    grown, size = map(float, done.stdout.split())
+    # a hundred times the size without a bound
+    assert grown < 50 * size
+
+
+def test_learning_heeds_signals() -> None:
+    waits = threading.Event()
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        bpe._run(lambda: waits.wait(100))
+    waits.set()
 
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 22])
