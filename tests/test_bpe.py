@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -165,11 +167,14 @@ def test_memory_does_not_go_by_the_text(separator: str) -> None:
 
 
 def test_learning_heeds_signals() -> None:
-    waits = threading.Event()
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    read = []
     with pytest.raises(KeyboardInterrupt):
-        bpe._run(lambda: waits.wait(100))
+        bpe._run(repeat("the"), lambda texts: read.extend(bool(time.sleep(0.01)) for _ in texts))
+    waits = threading.Event()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        bpe._run([], lambda texts: bool(waits.wait(100)))
     waits.set()
 
 

@@ -179,7 +179,7 @@ def learn(texts: Iterable[str], vocab_size: int, size: int = 0) -> BPE:
         initial_alphabet=byte_symbols(),
         show_progress=False,
     )
-    _run(lambda: fast.train_from_iterator(words.sample(texts, size), trainer))
+    _run(words.sample(texts, size), lambda sample: fast.train_from_iterator(sample, trainer))
     merges = json.loads(fast.to_str())["model"]["merges"]
     return BPE([" ".join(pair) for pair in merges])
 
@@ -208,21 +208,33 @@ def _written(text: str) -> str:
     return text.encode("utf-8").decode("latin-1").translate(_WRITTEN)
 
 
-def _run(work: Callable[[], None]) -> None:
-    """Call `work`, and handle signals meanwhile: it may run for minutes outside of Python."""
+def _run(texts: Iterable[str], work: Callable[[Iterator[str]], None]) -> None:
+    """Call `work` on `texts`, and handle signals meanwhile: it runs for long outside of Python."""
     errors: list[BaseException] = []
+    stopped = threading.Event()
+
+    def until_stopped() -> Iterator[str]:
+        for text in texts:
+            if stopped.is_set():
+                raise InterruptedError
+            yield text
 
     def call() -> None:
         try:
-            work()
+            work(until_stopped())
         except BaseException as error:
             errors.append(error)
 
-    # one that is not waited for at the end of the process
+    # when all is read, pairs are merged without Python: that is not waited for after a signal
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.1)
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    except BaseException:
+        stopped.set()
+        thread.join(1.0)
+        raise
     if errors:
         raise errors[0]
 

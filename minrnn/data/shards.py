@@ -123,6 +123,7 @@ def _all(
     # spawned: a fork would copy threads' locks
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
+    others = set(multiprocessing.active_children())
     options: dict[str, Any] = {"mp_context": context, "initializer": _begin, "initargs": (stop,)}
     with ProcessPoolExecutor(min(processes, len(tasks)), **options) as pool:
         numbers = {pool.submit(task): number for number, task in enumerate(tasks)}
@@ -140,6 +141,9 @@ def _all(
             ) from error
         except BaseException:
             stop.set()
+            for process in set(multiprocessing.active_children()) - others:
+                # those that have begun ignore it, and see `stop` at their next block
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
     return [found[number] for number in range(len(tasks))]
