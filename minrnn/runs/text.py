@@ -126,6 +126,8 @@ def corpus_of(folder: Path) -> Corpus:
 
 def _open(folder: Path, config: TextConfig) -> Corpus:
     own = folder / "corpus"
+    if not text_data.is_corpus(own) and not (config.data and text_data.is_corpus(config.data)):
+        raise FileNotFoundError(f"the text of {folder} as tokens is gone: {own} is no corpus")
     if config.data is not None and not text_data.is_corpus(own):
         return text_data.load(config.data)
     return text_data.load(own)
