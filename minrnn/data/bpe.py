@@ -89,13 +89,13 @@ class BPE:
                 for piece in self.fast.encode_batch_fast(texts):
                     yield np.array(piece.ids, dtype=np.int64)
 
-    def _encode_word(self, chunks: Iterable[Any]) -> Iterator[np.ndarray]:
-        """The ids of words that come in chunks."""
+    def _encode_word(self, parts: Iterable[Any]) -> Iterator[np.ndarray]:
+        """The ids of words that come in parts."""
         # Pairs are merged in the order of their ranks, from the left. What follows a word so far
         # can therefore change one more of its tokens for each merge, counted from its end.
         most = len(self.merges) + _OVERLAP
         held: list[int] = []
-        for symbols, is_last in chunks:
+        for symbols, is_last in parts:
             held = self._extended(held, symbols)
             done = len(held) if is_last else max(0, len(held) - most)
             yield np.array(held[:done], dtype=np.int64)

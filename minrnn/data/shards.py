@@ -195,23 +195,23 @@ def _ids(unit: Unit, tokenizer: Tokenizer, progress: Callable[[int], None]) -> I
             progress(block.read)
             yield np.frombuffer(block.content, dtype=np.uint8)
         return
-    chunks = sources.characters(unit, progress)
+    passages = sources.characters(unit, progress)
     if isinstance(tokenizer, BPE):
-        yield from tokenizer.encode_blocks(chunk.text for chunk in chunks)
+        yield from tokenizer.encode_blocks(passage.text for passage in passages)
         return
-    for chunk in chunks:
+    for passage in passages:
         try:
-            yield tokenizer.encode(chunk.text)
+            yield tokenizer.encode(passage.text)
         except UnknownCharacterError as error:
-            message = f"{unit.place(chunk, error.index)}: {error.what}"
+            message = f"{unit.place(passage, error.index)}: {error.what}"
             raise ValueError(message) from error
 
 
 def _seen(unit: Unit, progress: Callable[[int], None] = _poll) -> np.ndarray:
     """The code points of a unit."""
     seen = np.zeros(_NUM_CODE_POINTS, dtype=bool)
-    for chunk in sources.characters(unit, progress):
-        seen[np.frombuffer(chunk.text.encode("utf-32-le"), dtype=np.uint32)] = True
+    for passage in sources.characters(unit, progress):
+        seen[np.frombuffer(passage.text.encode("utf-32-le"), dtype=np.uint32)] = True
     return np.flatnonzero(seen)
 
 

@@ -31,7 +31,7 @@ class Block(NamedTuple):
     """how much of the unit's size was read for it"""
 
 
-class Chunk(NamedTuple):
+class Passage(NamedTuple):
     """Some characters of a text."""
 
     offset: int
@@ -53,8 +53,8 @@ class Unit(Protocol):
         """The text, one block after the other."""
         ...
 
-    def place(self, chunk: Chunk, index: int) -> str:
-        """Where the character `index` of `chunk` is, for a person."""
+    def place(self, passage: Passage, index: int) -> str:
+        """Where the character `index` of `passage` is, for a person."""
         ...
 
 
@@ -95,11 +95,11 @@ class FileUnit:
                     yield Block(str(span.path), offset, b"\n", 0)
                 yield Block(str(span.path), offset, b"", 0)
 
-    def place(self, chunk: Chunk, index: int) -> str:
+    def place(self, passage: Passage, index: int) -> str:
         """See `Unit`; a line ends in a line feed, as in an editor."""
-        left = chunk.offset + len(chunk.text[:index].encode())
+        left = passage.offset + len(passage.text[:index].encode())
         line, begun = 1, b""
-        with Path(chunk.where).open("rb") as file:
+        with Path(passage.where).open("rb") as file:
             while block := file.read(min(_BLOCK, left)):
                 left -= len(block)
                 line += block.count(b"\n")
@@ -108,7 +108,7 @@ class FileUnit:
         if begun.startswith(codecs.BOM_UTF8):
             begun = begun.removeprefix(codecs.BOM_UTF8) if line == 1 else begun
         column = len(begun.decode("utf-8", errors="replace")) + 1
-        return f"{chunk.where}, line {line:,}, character {column:,}"
+        return f"{passage.where}, line {line:,}, character {column:,}"
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ class RowsUnit:
             yield Block(self.name, first, "".join(lines).encode("utf-8"), len(texts))
         yield Block(self.name, self.stop, b"", 0)
 
-    def place(self, chunk: Chunk, index: int) -> str:
+    def place(self, passage: Passage, index: int) -> str:
         """See `Unit`; rows and characters are counted from 0, as in Python."""
         rows = open_dataset(self.name, self.split, self.column)
-        row, left = chunk.offset, index
+        row, left = passage.offset, index
         for text in rows[row : min(row + _ROWS, self.stop)][self.column]:
             size = len(text) + (not text.endswith("\n"))
             if left < size:
@@ -231,8 +231,8 @@ def open_dataset(name: str, split: str, column: str) -> Any:
     return found
 
 
-def characters(unit: Unit, progress: Callable[[int], None]) -> Iterator[Chunk]:
-    """The text of a unit; `progress` gets what was read, before each chunk.
+def characters(unit: Unit, progress: Callable[[int], None]) -> Iterator[Passage]:
+    """The text of a unit; `progress` gets what was read, before each passage.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -245,7 +245,7 @@ def characters(unit: Unit, progress: Callable[[int], None]) -> Iterator[Chunk]:
         if offset <= len(codecs.BOM_UTF8):
             text_files.check_characters(path, block)
         try:
-            yield Chunk(offset - begun, path, decoder.decode(block, final=not block))
+            yield Passage(offset - begun, path, decoder.decode(block, final=not block))
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"`data` must be UTF-8, {path} has byte 0x{error.object[error.start]:02x} at "

@@ -340,9 +340,9 @@ def _beginning(
         progress(size)
 
     for unit in units:
-        for chunk in sources.characters(unit, read):
+        for passage in sources.characters(unit, read):
             if left <= 0:
-                content = chunk.text.encode("utf-8")
+                content = passage.text.encode("utf-8")
                 yield content[: len(content) + left].decode("utf-8", errors="ignore")
                 return
-            yield chunk.text
+            yield passage.text

@@ -27,7 +27,7 @@ _DOUBTFUL = frozenset("\x1c\x1d\x1e\x1f\u180e")
 Split = Callable[[str], list[tuple[str, tuple[int, int]]]]
 
 
-class Chunk(NamedTuple):
+class WordPart(NamedTuple):
     """Consecutive bytes of one word."""
 
     symbols: str
@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
 
 def pieces(
     blocks: Iterable[str], split: Split, symbols: Callable[[str], str]
-) -> Iterator[str | Chunk]:
+) -> Iterator[str | WordPart]:
     """The text of `blocks` in pieces of at most about PIECE characters.
 
     Args:
@@ -47,7 +47,7 @@ def pieces(
         symbols: the bytes of a text as `split` writes them.
 
     Yields:
-        A str where no word of it continues in the next piece; chunks where a word is too long.
+        A str where no word of it continues in the next piece; parts where a word is too long.
     """
     blocks, held = iter(blocks), ""
     for block in blocks:
@@ -88,7 +88,7 @@ def _class(character: str) -> str:
 
 def _long_word(
     held: str, blocks: Iterator[str], split: Split, symbols: Callable[[str], str]
-) -> Iterator[Chunk]:
+) -> Iterator[WordPart]:
     """The words at the start of `held`, to the end of the first that is long; returns the rest."""
     window = held[:PIECE]
     first = 0
@@ -96,12 +96,12 @@ def _long_word(
         first = start
         if stop == len(window) or start > len(window) - _AHEAD:
             break
-        yield Chunk(word, True)
+        yield WordPart(word, True)
     if first:
         return held[first:]
     # a word covers the window; the end of it, with two characters before, is split again
     stop = len(window) - _AHEAD
-    yield Chunk(symbols(held[:stop]), False)
+    yield WordPart(symbols(held[:stop]), False)
     held = held[stop - 2 :]
     while True:
         while len(held) <= PIECE and (block := next(blocks, None)) is not None:
@@ -109,9 +109,9 @@ def _long_word(
         window = held[:PIECE]
         (_, (_, stop)), *_ = split(window)
         if stop < len(window) or len(held) == len(window):
-            yield Chunk(symbols(held[2:stop]), True)
+            yield WordPart(symbols(held[2:stop]), True)
             return held[stop:]
-        yield Chunk(symbols(held[2 : stop - _AHEAD]), False)
+        yield WordPart(symbols(held[2 : stop - _AHEAD]), False)
         held = held[stop - _AHEAD - 2 :]
 
 
