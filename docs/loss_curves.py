@@ -40,7 +40,7 @@ class Curves:
     """Symbols in a sequence."""
     eval_every: int = RECIPES["demo"].train.eval_every
     """Steps between evaluations."""
-    valid_limit: int = RECIPES["demo"].valid_limit
+    valid_limit: int = RECIPES["demo"].num_validated
     """Symbols that each evaluation reads."""
     picture: Path | None = None
     """A file for the picture of the curves."""

@@ -290,13 +290,22 @@ def split_time(model: nn.Module, group: "dist.ProcessGroup") -> nn.Module:
     Raises:
         ValueError: a part of `model` mixes over time in another way, e.g. by attention.
     """
+    check_time_split(model)
+    for module in model.modules():
+        if isinstance(module, _OverTime):
+            module.time_group = group
+    return model
+
+
+def check_time_split(model: nn.Module) -> None:
+    """Check that `split_time` takes `model`.
+
+    Raises:
+        ValueError: a part of `model` mixes over time in another way, e.g. by attention.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) or not getattr(module, "can_split_time", True):
             raise ValueError(
                 f"`model` must mix over time by minGRU, minLSTM and convolutions only, its part "
                 f"{name or 'itself'!r} is a {type(module).__name__}"
             )
-    for module in model.modules():
-        if isinstance(module, _OverTime):
-            module.time_group = group
-    return model

@@ -88,8 +88,12 @@ def make_private_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other processes out of the block; the lock goes with the process, however it ends.
+def locked(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[None]:
+    """Keep other processes out of the block; the lock ends with the process, however it ends.
+
+    Args:
+        path: a file for the lock, made if missing; it has to exist for a shared lock.
+        shared: keep out only those that do not share the lock.
 
     Raises:
         ValueError: another process is inside.
@@ -97,9 +101,9 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with Path(path).open("wb") as file:
+    with Path(path).open("rb" if shared else "wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another process is at work in {Path(path).parent}") from error
         yield

@@ -9,7 +9,7 @@ import torch
 
 import minrnn
 from minrnn import checkpoint
-from minrnn.data import text as text_data
+from minrnn.data import tokenizers
 from minrnn.ops.operators import NAMES
 
 _DEVICES = ("CPU", "CUDA", "MPS")
@@ -58,11 +58,16 @@ def describe_run(folder: Path) -> Iterator[str]:
     yield f"run {folder}"
     text = text_runs.read(folder) if "text" in config else None
     if text is not None:
-        yield f"text {text.data or 'tiny Shakespeare'} as {text.tokenizer}"
-    if text is not None and text_data.is_corpus(folder / "corpus"):
-        corpus = text_runs.corpus_of(folder, text, check=False)
-        valid = corpus.num_tokens - corpus.num_train
-        yield f"symbols {corpus.num_train:,} to train on, {valid:,} to validate on"
+        # the tokenizer that was made: one that was asked for may be that of a corpus
+        kind = text.tokenizer or "characters"
+        if "tokenizer" in config:
+            kind = tokenizers.name_of(tokenizers.from_json(config["tokenizer"]))
+        yield f"text {text.data or 'tiny Shakespeare'} as {kind}"
+    if text is not None and "split" in config:
+        (_, train), (first, end) = config["split"]["train"], config["split"]["valid"]
+        read = min(text.num_validated or end, end - first)
+        limit = f", of which each evaluation reads {read:,}" if read < end - first else ""
+        yield f"tokens {train:,} to train on, {end - first:,} to validate on{limit}"
     rl = decisions.read(folder) if "trajectories" in config else None
     if rl is not None:
         share = "" if rl.best == 1 else f", the best {100 * rl.best:g} % of it"

@@ -54,12 +54,7 @@ def launch(model: nn.Module, config: TrainConfig, ranks: Ranks, folder: Path) ->
             f"{config.precision!r}; launch with --mixed_precision no, or train with "
             f"--precision {launcher}"
         )
-    share = config.accumulation * ranks.num_data
-    if config.batch_size % share:
-        raise ValueError(
-            f"`batch_size` = {config.batch_size} must be a multiple of `accumulation` = "
-            f"{config.accumulation} times the {ranks.num_data} processes that share a batch"
-        )
+    check_batch(config, ranks.num_data)
     accelerator = _accelerator(config, ranks, model, folder)
     if ranks.time_group is not None:
         distributed.split_time(model, ranks.time_group)
@@ -120,6 +115,19 @@ def unprepared(model: nn.Module) -> Iterator[None]:
         own.update(before)
         for module, group in groups:
             module.time_group = group
+
+
+def check_batch(config: TrainConfig, num_data: int) -> None:
+    """Check that `num_data` processes can share a batch.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if config.batch_size % (config.accumulation * num_data):
+        raise ValueError(
+            f"`batch_size` = {config.batch_size} must be a multiple of `accumulation` = "
+            f"{config.accumulation} times the {num_data} processes that share a batch"
+        )
 
 
 def _accelerator(config: TrainConfig, ranks: Ranks, model: nn.Module, folder: Path) -> Accelerator:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -18,8 +17,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-if TYPE_CHECKING:
-    from minrnn.train import Event
+from minrnn.events import Event
 
 # seconds between two plain lines
 _LINE_EVERY = 10.0
@@ -59,6 +57,8 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         self._first_step: int | None = None
         self._loss, self._valid_loss = 0.0, math.nan
+        self.num_valid = 0
+        """Targets of an evaluation; 0 if nobody knows."""
 
     def __enter__(self) -> "Progress":
         self._bar.__enter__()
@@ -87,14 +87,17 @@ class Progress:
             self._loss = event.loss
             self._training = self._bar.add_task("", total=self.steps, figures="")
         # about the mean of the last 20 steps
-        self._loss += 0.05 * (event.loss - self._loss)
+        if event.valid_loss is None and event.num_validated is None:
+            self._loss += 0.05 * (event.loss - self._loss)
         if event.valid_loss is not None:
             self._valid_loss = event.valid_loss
         rate = (event.step - self._first_step) / max(now - self._started, 1e-9)
         speed = rate * self.tokens_per_step
         if self._training is not None:
             figures = f"loss {self._loss:.3f}"
-            if not math.isnan(self._valid_loss):
+            if event.num_validated is not None:
+                figures += f" validating {self._validated(event.num_validated)}"
+            elif not math.isnan(self._valid_loss):
                 figures += f" valid {self._valid_loss:.3f}"
             figures += f" {speed:,.0f} tokens/s"
             self._bar.update(self._training, completed=event.step, figures=figures)
@@ -105,4 +108,9 @@ class Progress:
             line = f"step={event.step}/{self.steps} loss={self._loss:.4f}"
             if event.valid_loss is not None:
                 line += f" valid_loss={event.valid_loss:.4f}"
+            if event.num_validated is not None:
+                line += f" validated={self._validated(event.num_validated)}"
             print(f"{line} tokens_per_s={speed:.0f} seconds_left={left:.0f}", flush=True)
+
+    def _validated(self, count: int) -> str:
+        return f"{count}/{self.num_valid}" if self.num_valid else f"{count}"

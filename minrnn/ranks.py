@@ -116,19 +116,29 @@ def of(num_time: int = 1) -> Ranks:
     Raises:
         ValueError: the processes cannot be put into groups of `num_time`.
     """
-    state = _state()
-    if state.num_processes % num_time:
-        raise ValueError(
-            f"`time_ranks` = {num_time} must divide the number of processes, "
-            f"got {state.num_processes}"
-        )
+    state, num_data = _state(), count_data(num_time)
     if state.num_processes == 1:
         return Ranks()
-    shape = (state.num_processes // num_time, num_time)
+    shape = (num_data, num_time)
     assert state.device is not None
     mesh = init_device_mesh(state.device.type, shape, mesh_dim_names=("data", "time"))
     data, time = mesh.get_local_rank("data"), mesh.get_local_rank("time")
     return Ranks(data, shape[0], time, num_time, mesh.get_group("time") if num_time > 1 else None)
+
+
+def count_data(num_time: int = 1) -> int:
+    """How many processes, or groups of `num_time` of them, share a batch.
+
+    Raises:
+        ValueError: the processes cannot be put into groups of `num_time`.
+    """
+    count = _state().num_processes
+    if count % num_time:
+        raise ValueError(
+            f"`time_ranks` = {num_time} must divide the number of processes, got {count}; "
+            "torchrun or accelerate launch starts several"
+        )
+    return count // num_time
 
 
 def on_first(make: Callable[[], _T]) -> _T:

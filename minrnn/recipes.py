@@ -11,6 +11,10 @@ from minrnn.decision import DecisionConfig
 from minrnn.models import ModelConfig
 from minrnn.train_config import TrainConfig
 
+VALID_FRACTION = 0.1
+# below, the validation loss is noise
+_LEAST_VALIDATED = 32_768
+
 RecipeName = Literal["shakespeare", "demo"]
 
 
@@ -30,36 +34,49 @@ class TextConfig:
     tokenizer and validation part. None downloads tiny Shakespeare."""
     out: Path | None = None
     """The run folder to make; None takes the first free one of runs/RECIPE, runs/RECIPE-2, ..."""
-    tokenizer: Kind = "characters"
-    """What a symbol is: characters, bytes, or bpe:V for V pieces of words, e.g. bpe:4096."""
+    tokenizer: Kind | None = None
+    """What a token is: characters, bytes, or bpe:V for V parts of words, e.g. bpe:4096. None for
+    characters, or for the tokenizer of a corpus that `minrnn data text` made."""
     context: int = 256
     """Symbols in a training window."""
     windows: Order = "random"
     """Which windows a step reads. random: from random places. shuffled: each window of the text
     once in a pass. consecutive: each row goes on where it ended in the step before, and so does the
     state of the model; gradients end there."""
-    valid_fraction: float = 0.1
-    """The last part of the text, which is only validated on."""
-    valid_limit: int = 0
-    """Symbols of it that each evaluation reads; 0 for all."""
+    valid_fraction: float | None = None
+    """The last part of the text, which is only validated on. None for 0.1, or for what a corpus
+    has."""
+    valid_limit: int | None = None
+    """Tokens of it that each evaluation reads, from its start; 0 for all. None for as many as are
+    trained on between two evaluations, at least 32,768: validation then takes less time than
+    training, however long the text is."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        bpe_size(self.tokenizer)
+        bpe_size(self.tokenizer or "characters")
         if self.model.vocab_size:
             raise ValueError(f"`vocab_size` is that of the text, got {self.model.vocab_size}")
         if self.context < 1:
             raise ValueError(f"`context` must be >= 1, got {self.context}")
-        if self.valid_limit < 0:
+        if self.valid_limit is not None and self.valid_limit < 0:
             raise ValueError(f"`valid_limit` must be >= 0, got {self.valid_limit}")
-        if not 0 < self.valid_fraction < 1:
+        if self.valid_fraction is not None and not 0 < self.valid_fraction < 1:
             raise ValueError(f"`valid_fraction` must be in (0, 1), got {self.valid_fraction}")
+
+    @property
+    def num_validated(self) -> int:
+        """`valid_limit` as a number: tokens that each evaluation reads at most, or 0 for all."""
+        if self.valid_limit is not None:
+            return self.valid_limit
+        train = self.train
+        return max(_LEAST_VALIDATED, train.eval_every * train.batch_size * self.context)
 
 
 # "shakespeare": Feng et al. 2024, section 4 and appendix; what they leave open (context, clipping,
-# schedule, betas, decay) is nanoGPT's recipe for the same text, which they follow.
+# schedule, betas, decay) is nanoGPT's recipe for the same text, which they follow. The validation
+# part of tiny Shakespeare is shorter than what `valid_limit` comes to: all of it is read.
 RECIPES: dict[RecipeName, TextConfig] = {
     "shakespeare": TextConfig(train=TrainConfig(eval_every=25, clip_norm=0.25)),
     "demo": TextConfig(

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -25,8 +25,10 @@ from minrnn.data.batch import Batch
 from minrnn.data.prefetch import Prefetched
 from minrnn.errors import NonFiniteLossError, ProcessLostError
 from minrnn.evaluation import evaluate
+from minrnn.events import Event as Event
+from minrnn.events import Result as Result
 from minrnn.files import locked, remove_leftovers
-from minrnn.interrupts import Interrupts
+from minrnn.interrupts import Interrupts, StopRequested, polled
 from minrnn.state import State
 from minrnn.train_config import TrainConfig
 
@@ -59,26 +61,6 @@ class Task(Protocol):
     def loss(self, answers: Tensor, batch: Batch) -> Tensor:
         """The mean loss of a model's outputs, over the targets that count."""
         ...
-
-
-@dataclass(frozen=True)
-class Event:
-    """What is reported after each step (`valid_loss` None) and after each evaluation."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    valid_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a training ended."""
-
-    step: int
-    best_loss: float
-    best_step: int
-    interrupted: bool
 
 
 def train(
@@ -145,6 +127,8 @@ class _Loop:
         # after the batch before, if the next one continues it; one for each micro-batch
         self.carried: list[State | None] = [None] * config.accumulation
         self.batches = Prefetched(self._micro_batches, config.steps)
+        # of the last step, if a stop cut the evaluation after it
+        self.unmeasured: Event | None = None
         self.metrics_path = folder / "metrics.jsonl"
         self.metrics: BinaryIO | None = None
 
@@ -154,18 +138,18 @@ class _Loop:
         # kernels of a convolution: the stride of an axis of one entry, which means nothing
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         try:
-            while not self.over:
-                event = self.update()
+            stop = False
+            while not (self.over or stop):
+                event = self.unmeasured or self.update()
                 report(event)
                 # one that was asked stops all, after the same step
-                stop = self.ranks.sums(interrupts.requested)[0]
+                stop = self.ranks.sums(interrupts.requested)[0] > 0
                 if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                    report(self.validate(event))
+                    self.unmeasured = event
+                    stop = self.validate(event, report, interrupts)
                     self.save()
                 elif stop:
                     self.save()
-                if stop:
-                    break
         except RuntimeError as error:
             if self.ranks.count == 1 or not ranks.is_lost(error):
                 raise
@@ -182,7 +166,7 @@ class _Loop:
         config = self.config
         waited = self.step - self.best_step
         out = config.patience and self.best_step and waited >= config.patience * config.eval_every
-        return self.step >= config.steps or bool(out)
+        return self.unmeasured is None and (self.step >= config.steps or bool(out))
 
     def restore(self) -> None:
         """Take up the last save, drop what was written after it, open the logs."""
@@ -223,6 +207,8 @@ class _Loop:
         except KeyError as error:
             raise ValueError(f"{self._last} is no training state: it has no {error}") from error
         self.best_loss = math.inf if best_loss is None else best_loss
+        if "unmeasured" in notes:
+            self.unmeasured = Event(self.step, *notes["unmeasured"])
         carried = training_state.restore(self._last.parent, self.saved)
         self.carried = [carried.get(number) for number in range(self.config.accumulation)]
         weights = self.folder / checkpoint.WEIGHTS
@@ -314,17 +300,30 @@ class _Loop:
             self.carried[number] = None
         return loss
 
-    def validate(self, event: Event) -> Event:
-        """Measure the validation loss."""
+    def validate(
+        self, event: Event, report: Callable[[Event], None], interrupts: Interrupts
+    ) -> bool:
+        """Measure the validation loss after the step of `event`; whether a stop cut it."""
         task = self.task
-        batches, streams = task.validation(self.config.batch_size), task.validates_streams
-        valid_loss = evaluate(self.model, task.loss, batches, self.ranks, streams)
+        batches = polled(
+            task.validation(self.config.batch_size),
+            lambda: self.ranks.sums(interrupts.requested)[0] > 0,
+            lambda count: report(replace(event, num_validated=count)),
+        )
+        try:
+            valid_loss = evaluate(
+                self.model, task.loss, batches, self.ranks, task.validates_streams
+            )
+        except StopRequested:
+            return True
         if not math.isfinite(valid_loss):
             raise self._not_finite("the validation loss", valid_loss, self.step)
         self._log({"valid_loss": valid_loss})
         if valid_loss < self.best_loss or self.config.keep == "last":
             self.best_loss, self.best_step = valid_loss, self.step
-        return Event(event.step, event.loss, event.learning_rate, valid_loss)
+        self.unmeasured = None
+        report(replace(event, valid_loss=valid_loss))
+        return False
 
     def save(self) -> None:
         """Everything that `restore` needs; then the weights, if they are the best."""
@@ -344,6 +343,8 @@ class _Loop:
             "best_step": self.best_step,
             "metrics_size": self.metrics_path.stat().st_size,
         }
+        if self.unmeasured is not None:
+            notes["unmeasured"] = [self.unmeasured.loss, self.unmeasured.learning_rate]
         if self.accelerator.scaler is not None:
             notes["scaler"] = self.accelerator.scaler.state_dict()
         return notes

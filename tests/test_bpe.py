@@ -2,15 +2,21 @@
 
 import codecs
 import json
+import os
+import signal
 import sys
+import threading
+import time
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import pytest
+from training import python
 
 import minrnn
 from minrnn import cli
-from minrnn.data import bpe, sources, text, tokenizers
+from minrnn.data import bpe, sources, text, tokenizers, words
 from minrnn.data.bpe import BPE
 from minrnn.stream import Sampling, generate
 
@@ -74,12 +80,101 @@ def test_learning_is_exact_and_limited(learnt: BPE) -> None:
 def test_how_a_text_is_cut_changes_no_id(learnt: BPE, monkeypatch) -> None:
     whole = learnt.encode(WORDS * 10).tolist()
     assert whole == learnt.fast.encode(WORDS * 10).ids
-    monkeypatch.setattr(bpe, "_PIECE", 64)
+    monkeypatch.setattr(words, "PIECE", 64)
     assert learnt.encode(WORDS * 10).tolist() == whole
     blocks = [WORDS * 3, "", WORDS, *(WORDS * 6)]
     assert np.concatenate(list(learnt.encode_blocks(blocks))).tolist() == whole
-    # nowhere to cut: still all of it
-    assert learnt.decode(learnt.encode("the" * 100).tolist()) == "the" * 100
+
+
+LONG = {
+    "letters": "漢字" * 300,
+    "one letter": "t" * 500,
+    "spaces": "the" + " " * 300 + "the",
+    "blank lines": "the" + "\n" * 300 + "  the",
+    "ends in spaces": "the" + " \t" * 200,
+    "marks": "the" + "'!" * 200 + "'s the",
+    "quotes": "'" * 201 + "the 're" + "'" * 200,
+    "space before": "a " + "漢" * 400 + "。the",
+    "digits": "12" * 200 + "٣" * 200 + "the",
+    "thai": "กัน" * 200,
+    "words": WORDS * 10,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("piece", [16, 33, 100])
+def test_ids_are_those_of_the_whole_however_long_a_word(monkeypatch, name, piece: int) -> None:
+    content = LONG[name]
+    learnt = bpe.learn([WORDS * 20, content], 330)
+    whole = learnt.fast.encode(content).ids
+    monkeypatch.setattr(words, "PIECE", piece)
+    for size in (1, 7, 50, len(content)):
+        # a file may end in an empty block
+        blocks = [content[n : n + size] for n in range(0, len(content), size)]
+        blocks = [x for block in blocks for x in (block, "")]
+        assert np.concatenate(list(learnt.encode_blocks(blocks))).tolist() == whole
+
+
+def test_a_word_beyond_what_is_read_at_a_time_has_its_ids() -> None:
+    content = "the" + "漢字字" * 40_000 + " the"
+    learnt = bpe.learn(["the the 漢字字漢字 漢字字字漢"] * 50, 290)
+    assert learnt.encode(content).tolist() == learnt.fast.encode(content).ids
+
+
+def test_what_is_learnt_from_is_bounded(monkeypatch) -> None:
+    monkeypatch.setattr(words, "_LEARNT", 3000)
+    monkeypatch.setattr(words, "PIECE", 1000)
+    # few different words: all of the text
+    assert "".join(words.sample([WORDS * 500])) == WORDS * 500
+    # all different
+    content = "".join(chr(0x4E00 + n) for n in range(20_000))
+    for separator in ("", "。", " "):
+        text_ = separator.join(content[n : n + 9] for n in range(0, len(content), 9))
+        kept = "\n".join(words.sample([text_], len(text_.encode()))).split("\n")
+        found = {word.strip("。") for word in kept}
+        assert 2000 < len("".join(found).encode()) <= 3000
+        assert max(map(len, kept)) <= 64
+        # from all of it, not from its beginning alone
+        places = sorted(text_.index(word) for word in found if word.strip())
+        assert places[len(places) // 2] > len(text_) // 5
+        assert places[-1] > 0.8 * len(text_)
+
+
+MEMORY = """
+import resource
+from minrnn.data import bpe, words
+words._LEARNT = 1 << 17
+run = "".join(chr(0x4E00 + n * n % 20011) for n in range(350_000))
+lines = "\u3002".join(run[n : n + 9] for n in range(0, len(run), 9))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+bpe.learn(["a b"], 300).encode("a b")
+before = peak()
+for content in (run, lines):
+    learnt = bpe.learn([content], 300)
+    assert sum(len(ids) for ids in learnt.encode_blocks([content])) > 1e4
+print(peak() - before, len(run.encode()) / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+def test_memory_does_not_go_by_the_text() -> None:
+    done = python(MEMORY)
+    assert done.returncode == 0, done.stderr
+    grown, size = map(float, done.stdout.split())
+    # a hundred times the size without a bound
+    assert grown < 50 * size
+
+
+def test_learning_heeds_signals() -> None:
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    read = []
+    with pytest.raises(KeyboardInterrupt):
+        bpe._run(repeat("the"), lambda texts: read.extend(bool(time.sleep(0.01)) for _ in texts))
+    waits = threading.Event()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        bpe._run([], lambda texts: bool(waits.wait(100)))
+    waits.set()
 
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 22])
@@ -92,7 +187,7 @@ def test_a_corpus_has_the_ids_of_the_whole_text(tmp_path, monkeypatch, block: in
     assert text.load(tmp_path / "corpus").tokenizer.to_json() == corpus.tokenizer.to_json()
     first = corpus.tokenizer.byte_lengths[corpus.tokens("valid")[:1]][0]
     after = corpus.tokenizer.decode(corpus.tokens("valid")[:].tolist()).encode()
-    assert corpus.num_bytes("valid") == len(after) - first
+    assert corpus.num_bytes() == len(after) - first
 
 
 def test_what_is_validated_on_is_not_learnt_from(tmp_path) -> None:
@@ -146,7 +241,7 @@ def test_the_command_trains_on_pairs(tmp_path, capsys) -> None:
     corpus = text.load(out / "corpus")
     assert figures["symbols"] == corpus.num_tokens - corpus.num_train - 1
     bits = figures["bits"] * figures["symbols"]
-    assert figures["bits_per_byte"] == pytest.approx(bits / corpus.num_bytes("valid"), rel=1e-12)
+    assert figures["bits_per_byte"] == pytest.approx(bits / corpus.num_bytes(), rel=1e-12)
     assert figures["bits_per_byte"] < figures["bits"]
     model, tokenizer = minrnn.load(out)
     assert model.config.vocab_size == tokenizer.vocab_size == 280

@@ -90,7 +90,7 @@ def test_a_schedule_that_rises_is_refused(capsys) -> None:
 
 
 def test_eval_measures_the_whole_validation_part(run: Path, source: Path, capsys) -> None:
-    assert cli.main(["eval", str(run)]) == 0
+    assert cli.main(["eval", str(run), "--valid-limit", "0"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["symbols"] == 129 - 1
     assert figures["bits"] == pytest.approx(figures["loss"] * 1.442695, rel=1e-6)
@@ -193,7 +193,6 @@ def test_invalid_utf8_is_read_as_bytes(tmp_path, capsys) -> None:
 def test_bad_prompts_are_refused(run: Path, capsys) -> None:
     said = _refused(capsys, "generate", run, "--prompt", "To bé")
     assert "character 'é' (U+00E9) at place 4 is not among the" in said
-    assert "at least one symbol" in _refused(capsys, "generate", run, "--prompt", "")
     assert "`device` must be one of this" in _refused(capsys, "generate", run, "--device", "foo")
     assert "`temperature` must be" in _refused(capsys, "generate", run, "--temperature", "-1")
 
@@ -203,7 +202,7 @@ def test_bad_run_folders_are_refused(run: Path, source: Path, tmp_path, capsys) 
         assert "is not a run folder" in _refused(capsys, command, tmp_path)
     assert "is not a run folder" in _refused(capsys, "train", "--resume", tmp_path)
     said = _refused(capsys, "train", "text", "--data", source, "--out", run)
-    assert f"{run} is not empty; go on with a run in it by --resume {run}" in said
+    assert f"{run} is not empty; resume the run in it by --resume {run}" in said
 
 
 def test_bad_checkpoints_are_refused(run: Path, tmp_path, capsys) -> None:

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from minrnn import cli
-from minrnn.data import sources, text
+from minrnn.data import sources, text, tokenizers
 from minrnn.runs.corpora import CorpusConfig, build
 
 ROWS = [f"Row {n} is {n * n}." + "\n" * (n % 2) for n in range(2500)]
@@ -96,3 +96,16 @@ def test_rows_that_are_no_texts_are_named(lines, said: str, tmp_path, monkeypatc
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("minrnn data text: ")
     assert re.search(said, last)
+
+
+def test_an_unknown_character_is_named_by_its_row(saved, tmp_path) -> None:
+    (tmp_path / "known").write_text("Row 0123456789is.\n")
+    known = text.build(tmp_path / "known", tmp_path / "known.c", "characters", 0.1).tokenizer
+    units = sources.of_dataset(str(saved), "train", "text", rows=1200)
+    with pytest.raises(ValueError, match=r"row 0, character 3: character ' ' .* is not among"):
+        text.build(units, tmp_path / "c", tokenizers.Characters("Row"), 0.1)
+    digits = tokenizers.Characters(known.vocabulary.replace("9", ""))
+    with pytest.raises(
+        ValueError, match=r"saved, split 'train', row 3, character 9: character '9'"
+    ):
+        text.build(units, tmp_path / "c", digits, 0.1)

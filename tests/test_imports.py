@@ -26,7 +26,7 @@ STOREYS = [
     {"data", "losses", "plain"},
     {"checkpoint", "tasks", "train_config", "ranks", "gradients"},
     {"training_state", "launching", "evaluation"},
-    {"train", "stream", "interrupts", "packing"},
+    {"train", "stream", "interrupts", "events", "packing"},
     {"serve"},
     {"plots", "progress", "recipes", "acting"},
     {"collecting"},

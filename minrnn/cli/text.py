@@ -1,5 +1,6 @@
 """Commands that train on text, and what becomes of it: eval, generate, data, info."""
 
+import contextlib
 import json
 import math
 import sys
@@ -11,14 +12,18 @@ from tyro.conf import Positional
 from minrnn import checkpoint
 from minrnn.cli.devices import device_of
 from minrnn.data import shakespeare
-from minrnn.data.tokenizers import Characters
+from minrnn.data import text as text_data
+from minrnn.data.text import Corpus
+from minrnn.data.tokenizers import Characters, Tokenizer, name_of
 from minrnn.files import write_atomically
+from minrnn.interrupts import terminable
 from minrnn.models import LanguageModel
 from minrnn.recipes import TextConfig
 from minrnn.runs.corpora import CorpusConfig
 from minrnn.sampling import Sampling
 
 
+@terminable()
 def train_text(config: TextConfig) -> int:
     """Train a language model on a text."""
     from minrnn.runs import text as text_runs
@@ -26,6 +31,7 @@ def train_text(config: TextConfig) -> int:
     return resume_text(text_runs.start(config))
 
 
+@terminable()
 def resume_text(resume: Path) -> int:
     """Go on with a training on a text.
 
@@ -47,11 +53,13 @@ def resume_text(resume: Path) -> int:
     return 0
 
 
+@terminable()
 def evaluate_text(
     run: Positional[Path],
     data: Path | None = None,
     context: int = 0,
     batch_size: int | None = None,
+    valid_limit: int | None = None,
     device: str = "auto",
 ) -> int:
     """Measure the model of a run: on the validation part of its text, or in its environment.
@@ -60,14 +68,16 @@ def evaluate_text(
 
     Args:
         run: the run folder.
-        data: another UTF-8 text, measured whole; None for the run's own validation part.
+        data: another UTF-8 text, measured whole, or the validation part of a corpus that `minrnn
+            data text` made with the run's tokenizer; None for the run's own validation part.
         context: symbols in a window, each begun without a state; 0 reads as the training's
             validation did: in windows as long, or, of consecutive ones, in streams.
         batch_size: windows at a time, or streams; None for 64, or the training's streams.
+        valid_limit: tokens that are read, from the start; 0 for all. None for as many as the
+            training's validation read, or for all of `data`.
         device: where to compute; auto for a GPU if there is one.
     """
     from minrnn import losses
-    from minrnn.data import text as text_data
     from minrnn.evaluation import evaluate
     from minrnn.runs import text as text_runs
 
@@ -80,16 +90,18 @@ def evaluate_text(
     batch_size = rows if batch_size is None else batch_size
     if context < 1 or batch_size < 1:
         raise ValueError(f"`context` and `batch_size` must be >= 1, got {context}, {batch_size}")
-    with tempfile.TemporaryDirectory() as scratch:
-        if data is None:
-            corpus = text_runs.corpus_of(run, text_runs.read(run))
-        elif tokenizer is not None:
-            corpus = text_data.build(data, Path(scratch), tokenizer, valid_fraction=1.0)
-        else:
-            raise ValueError(f"{run} was saved without a tokenizer")
-        batches = (corpus.streams if streams else corpus.windows)(context, batch_size)
+    if valid_limit is not None and valid_limit < 0:
+        raise ValueError(f"`valid_limit` must be >= 0, got {valid_limit}")
+    if valid_limit is None:
+        valid_limit = 0 if data is not None else text_runs.read(run).num_validated
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        corpus = _measured(run, data, tokenizer, Path(scratch))
+        stack.enter_context(text_data.being_read(corpus.folder))
+        size, num_bytes = corpus.num_targets(valid_limit), corpus.num_bytes(valid_limit)
+        if not size:
+            raise ValueError(f"the text is too short: {data or run} has no token after the first")
+        batches = (corpus.streams if streams else corpus.windows)(context, batch_size, valid_limit)
         loss = evaluate(model.to(device_of(device)), losses.next_symbol, batches, streams=streams)
-        size, num_bytes = corpus.num_tokens - corpus.num_train - 1, corpus.num_bytes("valid")
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}: the model's weights are broken")
     figures = {"loss": loss, "bits": loss / math.log(2), "perplexity": math.exp(min(loss, 700))}
@@ -106,11 +118,32 @@ def evaluate_text(
     return 0
 
 
+def _measured(run: Path, data: Path | None, tokenizer: Tokenizer | None, scratch: Path) -> Corpus:
+    """The corpus that `eval` reads: that of the run, that in `data`, or the text `data` as one."""
+    from minrnn.runs import text as text_runs
+
+    if data is None:
+        corpus = text_runs.corpus_of(run)
+    elif tokenizer is None:
+        raise ValueError(f"{run} was saved without a tokenizer")
+    elif text_data.is_corpus(data):
+        corpus = text_data.load(data)
+    else:
+        corpus = text_data.build(data, scratch, tokenizer, valid_fraction=1.0)
+    if tokenizer is not None and corpus.tokenizer.to_json() != tokenizer.to_json():
+        raise ValueError(
+            f"the corpus {corpus.folder} must have the tokenizer of {run} "
+            f"({name_of(tokenizer)}, {tokenizer.vocab_size} tokens), its own is another "
+            f"({name_of(corpus.tokenizer)}, {corpus.tokenizer.vocab_size} tokens)"
+        )
+    return corpus
+
+
 def generate_text(
     run: Positional[Path],
-    prompt: str | None = None,
+    prompt: str = "",
     length: int | None = 500,
-    stop: str | None = None,
+    stop: str = "",
     sampling: Sampling = Sampling(),
     device: str = "cpu",
 ) -> int:
@@ -118,9 +151,10 @@ def generate_text(
 
     Args:
         run: the run folder.
-        prompt: the text to continue; None for a line break, or whatever else the model knows.
-        length: symbols to draw; None goes on until stopped.
-        stop: end before this text appears.
+        prompt: the text to continue; left out or empty for a line break, or whatever else the model
+            knows.
+        length: tokens to draw; None continues until stopped.
+        stop: end before this text appears; empty for no such text.
         device: where to compute; auto for a GPU if there is one.
     """
     from minrnn.packing import pack_model
@@ -131,22 +165,23 @@ def generate_text(
         raise ValueError(f"{run} was saved without a tokenizer")
     assert isinstance(loaded, LanguageModel)
     model = pack_model(loaded.to(device_of(device)))
-    if prompt is None:
+    if not prompt:
         known = tokenizer.vocabulary if isinstance(tokenizer, Characters) else "\n"
         prompt = "\n" if "\n" in known else known[0]
-    pieces = generate(model, tokenizer, prompt, length=length, stop=stop, sampling=sampling)
+    pieces = generate(model, tokenizer, prompt, length=length, stop=stop or None, sampling=sampling)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
     return 0
 
 
+@terminable()
 def build_corpus(out: Positional[Path], corpus_config: CorpusConfig = CorpusConfig()) -> int:
     """Turn a text of any size into ids once, for trainings that take the folder by --data.
 
     Args:
         out: the folder to write.
-        corpus_config: the text, and what a symbol is.
+        corpus_config: the text, and what a token is.
     """
     from minrnn.progress import reading
     from minrnn.runs import corpora
@@ -154,8 +189,8 @@ def build_corpus(out: Positional[Path], corpus_config: CorpusConfig = CorpusConf
     with reading("read") as progress:
         corpus = corpora.build(out, corpus_config, progress)
     print(
-        f"{out}: {corpus.num_tokens:,} symbols of {corpus.tokenizer.vocab_size:,} kinds, files: "
-        f"{len(corpus.shards)}, symbols to validate on: {corpus.num_tokens - corpus.num_train:,}"
+        f"{out}: {corpus.num_tokens:,} tokens of {corpus.tokenizer.vocab_size:,} kinds, files: "
+        f"{len(corpus.shards)}, tokens to validate on: {corpus.num_tokens - corpus.num_train:,}"
     )
     return 0
 

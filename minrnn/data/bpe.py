@@ -2,15 +2,20 @@
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 
-# characters of a text that are read at a time, and how many times side by side: bounds the memory
-_PIECE, _AT_ONCE = 1 << 16, 16
+from minrnn.data import words
+
+# pieces of a text that are encoded side by side: bounds the memory
+_AT_ONCE = 16
+# tokens at the end of a word so far that are encoded again with what follows
+_OVERLAP = 32
 
 
 def known_id(i: int, vocab_size: int) -> int:
@@ -75,6 +80,7 @@ class BPE:
                 )
             self.symbols.setdefault("".join(parts), len(self.symbols))
         byte = {symbol: bytes([i]) for i, symbol in enumerate(single)}
+        self._names = list(self.symbols)
         self._bytes = [b"".join(byte[c] for c in symbol) for symbol in self.symbols]
 
     @property
@@ -98,11 +104,50 @@ class BPE:
         return np.concatenate([np.zeros(0, dtype=np.int64), *self.encode_blocks([text])])
 
     def encode_blocks(self, blocks: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of the text that `blocks` are when put together, however they cut it."""
-        pieces = _pieces(blocks)
-        while group := list(islice(pieces, _AT_ONCE)):
-            for piece in self.fast.encode_batch_fast(group):
-                yield np.array(piece.ids, dtype=np.int64)
+        """The ids of the text that `blocks` are when put together, however they cut it.
+
+        Memory does not grow with the text, nor with its words.
+        """
+        pieces = words.pieces(blocks, self.fast.pre_tokenizer.pre_tokenize_str, _written)
+        for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
+            if not is_text:
+                yield from self._encode_word(group)
+                continue
+            while texts := list(islice(group, _AT_ONCE)):
+                for piece in self.fast.encode_batch_fast(texts):
+                    yield np.array(piece.ids, dtype=np.int64)
+
+    def _encode_word(self, parts: Iterable[Any]) -> Iterator[np.ndarray]:
+        """The ids of words that come in parts."""
+        # Pairs are merged in the order of their ranks, from the left. What follows a word so far
+        # can therefore change one more of its tokens for each merge, counted from its end.
+        most = len(self.merges) + _OVERLAP
+        held: list[int] = []
+        for symbols, is_last in parts:
+            held = self._extended(held, symbols)
+            done = len(held) if is_last else max(0, len(held) - most)
+            yield np.array(held[:done], dtype=np.int64)
+            del held[:done]
+
+    def _extended(self, ids: list[int], symbols: str) -> list[int]:
+        """The ids of a word that begins as `ids` and continues with `symbols`."""
+        if not symbols:
+            return ids
+        for overlap in (_OVERLAP, len(ids)):
+            kept, again = ids[: max(0, len(ids) - overlap)], ids[max(0, len(ids) - overlap) :]
+            after = self._merged("".join(self._names[i] for i in again) + symbols)
+            # Ids are those of the whole if each two neighbours are those of the two alone: merging
+            # across a place is a matter of the two tokens beside it.
+            if not kept or self._merged(self._names[kept[-1]] + self._names[after[0]]) == [
+                kept[-1],
+                after[0],
+            ]:
+                return kept + after
+        raise AssertionError
+
+    def _merged(self, symbols: str) -> list[int]:
+        """The ids of one word."""
+        return [token.id for token in self.fast.model.tokenize(symbols)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -141,12 +186,17 @@ def byte_symbols() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def learn(texts: Iterable[str], vocab_size: int) -> BPE:
+_WRITTEN = dict(enumerate(byte_symbols()))
+
+
+def learn(texts: Iterable[str], vocab_size: int, size: int = 0) -> BPE:
     """Merge the pairs that `texts` hold most often, one after the other.
 
     Args:
-        texts: blocks of a text; what is kept of them is how often each word comes.
+        texts: blocks of a text; what is kept of them is how often each word comes, of a bounded
+            number of words: see `minrnn.data.words.sample`.
         vocab_size: V, fewer if no pair comes twice any more.
+        size: bytes of the text, so that the words are taken from all of it; 0 if unknown.
 
     Raises:
         ModuleNotFoundError: the package tokenizers is not installed.
@@ -159,7 +209,7 @@ def learn(texts: Iterable[str], vocab_size: int) -> BPE:
         initial_alphabet=byte_symbols(),
         show_progress=False,
     )
-    fast.train_from_iterator(_pieces(texts), trainer)
+    _run(words.sample(texts, size), lambda sample: fast.train_from_iterator(sample, trainer))
     merges = json.loads(fast.to_str())["model"]["merges"]
     return BPE([" ".join(pair) for pair in merges])
 
@@ -183,28 +233,40 @@ def byte_level(symbols: dict[str, int], merges: Sequence[str], *, words: bool) -
     return fast
 
 
-def _pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """The text of `blocks`, cut in front of a space or line break that ends a word.
-
-    No symbol crosses such a place, so that the ids of the pieces are those of the whole. A word of
-    more than _PIECE characters is cut wherever that many end.
-    """
-    held = ""
-    for block in blocks:
-        held += block
-        while len(held) > _PIECE:
-            cut = _last_end(held[:_PIECE])
-            yield held[:cut]
-            held = held[cut:]
-    if held:
-        yield held
+def _written(text: str) -> str:
+    """The bytes of `text` as in `byte_symbols`."""
+    return text.encode("utf-8").decode("latin-1").translate(_WRITTEN)
 
 
-def _last_end(text: str) -> int:
-    for place in range(len(text) - 1, 0, -1):
-        if text[place] in " \n" and not text[place - 1].isspace():
-            return place
-    return len(text)
+def _run(texts: Iterable[str], work: Callable[[Iterator[str]], None]) -> None:
+    """Call `work` on `texts`, and handle signals meanwhile: it runs for long outside of Python."""
+    errors: list[BaseException] = []
+    stopped = threading.Event()
+
+    def until_stopped() -> Iterator[str]:
+        for text in texts:
+            if stopped.is_set():
+                raise InterruptedError
+            yield text
+
+    def call() -> None:
+        try:
+            work(until_stopped())
+        except BaseException as error:
+            errors.append(error)
+
+    # when all is read, pairs are merged without Python: that is not waited for after a signal
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    except BaseException:
+        stopped.set()
+        thread.join(1.0)
+        raise
+    if errors:
+        raise errors[0]
 
 
 def _library() -> Any:

@@ -2,8 +2,11 @@
 
 import hashlib
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,7 +16,7 @@ import numpy as np
 from minrnn.data import sources, tokenizers
 from minrnn.data.bpe import BPE
 from minrnn.data.sources import Unit
-from minrnn.data.tokenizers import Bytes, Tokenizer
+from minrnn.data.tokenizers import Bytes, Tokenizer, UnknownCharacterError
 from minrnn.files import replacing
 
 _BLOCK = 1 << 22
@@ -68,7 +71,12 @@ class Tokens:
 
     def _map(self, number: int) -> np.ndarray:
         if number not in self._maps:
-            self._maps[number] = np.memmap(self._paths[number], self.dtype, "r")
+            path = self._paths[number]
+            try:
+                self._maps[number] = np.memmap(path, self.dtype, "r")
+            except FileNotFoundError as error:
+                message = f"{path} is gone: the corpus was rebuilt or removed while it was read"
+                raise FileNotFoundError(message) from error
         return self._maps[number]
 
 
@@ -86,15 +94,14 @@ def write(
 ) -> list[Shard]:
     """Write the ids of each unit to a file of its own, several units side by side.
 
+    The name of a file holds the beginning of its SHA-256, so that no other ids ever take the name
+    of a file that is being read.
+
     Raises:
         ValueError: a unit is not UTF-8, or has a character that is not known.
     """
-    single = len(units) == 1
-    names = ["tokens.bin"] if single else [f"tokens-{n:05}.bin" for n in range(len(units))]
-    tasks = [
-        partial(_write, unit, folder / name, tokenizer.to_json())
-        for unit, name in zip(units, names, strict=True)
-    ]
+    saved = tokenizer.to_json()
+    tasks = [partial(_write, unit, folder, number, saved) for number, unit in enumerate(units)]
     return _all(tasks, units, processes, progress)
 
 
@@ -115,7 +122,10 @@ def _all(
         return [task(progress) for task in tasks]
     # spawned: a fork would copy threads' locks
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context) as pool:
+    stop = context.Event()
+    others = set(multiprocessing.active_children())
+    options: dict[str, Any] = {"mp_context": context, "initializer": _begin, "initargs": (stop,)}
+    with ProcessPoolExecutor(min(processes, len(tasks)), **options) as pool:
         numbers = {pool.submit(task): number for number, task in enumerate(tasks)}
         found: dict[int, _T] = {}
         waiting = set(numbers)
@@ -125,28 +135,58 @@ def _all(
                 for one in done:
                     found[numbers[one]] = one.result()
                     progress(units[numbers[one]].size)
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process that reads the text was killed; fewer `processes` need less memory"
+            ) from error
         except BaseException:
+            stop.set()
+            for process in set(multiprocessing.active_children()) - others:
+                # those that have begun ignore it, and see `stop` at their next block
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
     return [found[number] for number in range(len(tasks))]
 
 
-def _nothing(size: int) -> None:
-    """In a process of its own nobody watches."""
+# set in a process of its own when the others are to stop
+_stop: Any = None
+
+
+def _begin(stop: Any) -> None:
+    """Leave signals to the first process, which sets `stop`."""
+    global _stop
+    _stop = stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _poll(size: int) -> None:
+    """What a process of its own calls for each block, in place of showing its progress."""
+    if _stop is not None and _stop.is_set():
+        raise InterruptedError("another process was stopped")
 
 
 def _write(
-    unit: Unit, path: Path, saved: dict[str, Any], progress: Callable[[int], None] = _nothing
+    unit: Unit,
+    folder: Path,
+    number: int,
+    saved: dict[str, Any],
+    progress: Callable[[int], None] = _poll,
 ) -> Shard:
     tokenizer = tokenizers.from_json(saved)
     dtype, count, digest = id_dtype(tokenizer.vocab_size), 0, hashlib.sha256()
-    with replacing(path) as file:
+    # a name that `remove_leftovers` knows, until the digest is known
+    written = folder / f".tokens-{number:05}.tmp"
+    with replacing(written) as file:
         for block in _ids(unit, tokenizer, progress):
             content = block.astype(dtype).tobytes()
             file.write(content)
             digest.update(content)
             count += len(block)
-    return Shard(path.name, count, digest.hexdigest())
+    name = f"tokens-{number:05}-{digest.hexdigest()[:16]}.bin"
+    os.replace(written, folder / name)
+    return Shard(name, count, digest.hexdigest())
 
 
 def _ids(unit: Unit, tokenizer: Tokenizer, progress: Callable[[int], None]) -> Iterator[np.ndarray]:
@@ -155,18 +195,23 @@ def _ids(unit: Unit, tokenizer: Tokenizer, progress: Callable[[int], None]) -> I
             progress(block.read)
             yield np.frombuffer(block.content, dtype=np.uint8)
         return
-    texts = sources.characters(unit, progress)
+    passages = sources.characters(unit, progress)
     if isinstance(tokenizer, BPE):
-        yield from tokenizer.encode_blocks(texts)
-    else:
-        yield from map(tokenizer.encode, texts)
+        yield from tokenizer.encode_blocks(passage.text for passage in passages)
+        return
+    for passage in passages:
+        try:
+            yield tokenizer.encode(passage.text)
+        except UnknownCharacterError as error:
+            message = f"{unit.place(passage, error.index)}: {error.what}"
+            raise ValueError(message) from error
 
 
-def _seen(unit: Unit, progress: Callable[[int], None] = _nothing) -> np.ndarray:
+def _seen(unit: Unit, progress: Callable[[int], None] = _poll) -> np.ndarray:
     """The code points of a unit."""
     seen = np.zeros(_NUM_CODE_POINTS, dtype=bool)
-    for text in sources.characters(unit, progress):
-        seen[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)] = True
+    for passage in sources.characters(unit, progress):
+        seen[np.frombuffer(passage.text.encode("utf-32-le"), dtype=np.uint32)] = True
     return np.flatnonzero(seen)
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from minrnn.data import text_files
+
 _BLOCK = 1 << 22
 # bytes of a unit, about
 _UNIT = 1 << 26
@@ -29,6 +31,16 @@ class Block(NamedTuple):
     """how much of the unit's size was read for it"""
 
 
+class Passage(NamedTuple):
+    """Some characters of a text."""
+
+    offset: int
+    """where they begin, as in `Block`: bytes of the file, or rows of the dataset"""
+    where: str
+    """the file"""
+    text: str
+
+
 class Unit(Protocol):
     """A part of a text."""
 
@@ -39,6 +51,10 @@ class Unit(Protocol):
 
     def blocks(self) -> Iterator[Block]:
         """The text, one block after the other."""
+        ...
+
+    def place(self, passage: Passage, index: int) -> str:
+        """Where the character `index` of `passage` is, for a person."""
         ...
 
 
@@ -79,6 +95,21 @@ class FileUnit:
                     yield Block(str(span.path), offset, b"\n", 0)
                 yield Block(str(span.path), offset, b"", 0)
 
+    def place(self, passage: Passage, index: int) -> str:
+        """See `Unit`; a line ends in a line feed, as in an editor."""
+        left = passage.offset + len(passage.text[:index].encode())
+        line, begun = 1, b""
+        with Path(passage.where).open("rb") as file:
+            while block := file.read(min(_BLOCK, left)):
+                left -= len(block)
+                line += block.count(b"\n")
+                ended = block.rfind(b"\n") + 1
+                begun = block[ended:] if ended else begun + block
+        if begun.startswith(codecs.BOM_UTF8):
+            begun = begun.removeprefix(codecs.BOM_UTF8) if line == 1 else begun
+        column = len(begun.decode("utf-8", errors="replace")) + 1
+        return f"{passage.where}, line {line:,}, character {column:,}"
+
 
 @dataclass(frozen=True)
 class RowsUnit:
@@ -105,6 +136,17 @@ class RowsUnit:
             yield Block(self.name, first, "".join(lines).encode("utf-8"), len(texts))
         yield Block(self.name, self.stop, b"", 0)
 
+    def place(self, passage: Passage, index: int) -> str:
+        """See `Unit`; rows and characters are counted from 0, as in Python."""
+        rows = open_dataset(self.name, self.split, self.column)
+        row, left = passage.offset, index
+        for text in rows[row : min(row + _ROWS, self.stop)][self.column]:
+            size = len(text) + (not text.endswith("\n"))
+            if left < size:
+                break
+            row, left = row + 1, left - size
+        return f"{self.name}, split {self.split!r}, row {row}, character {left}"
+
 
 def _check_texts(values: Sequence[Any], name: str, column: str, first: int) -> None:
     for row, value in enumerate(values, start=first):
@@ -118,17 +160,19 @@ def _check_texts(values: Sequence[Any], name: str, column: str, first: int) -> N
 def of_files(source: Path) -> list[Unit]:
     """The units of a file, or of all files in a folder in the order of their paths.
 
+    A byte order mark of UTF-8 at the start of a file is left out.
+
     Raises:
         FileNotFoundError: there is no `source`.
-        ValueError: it is empty.
+        ValueError: it is empty, or holds what is no text: see `minrnn.data.text_files`.
     """
-    files = _files(source)
+    files = text_files.of(source)
     many = len(files) > 1
     units: list[Unit] = []
     held: list[Span] = []
     room = _UNIT
     for path in files:
-        start, end = 0, path.stat().st_size
+        start, end = text_files.beginning(path), path.stat().st_size
         while True:
             stop = end if end - start <= room else _cut(path, start, start + room, end)
             held.append(Span(path, start, stop, stop == end))
@@ -203,8 +247,8 @@ def open_dataset(name: str, split: str, column: str) -> Any:
     return found
 
 
-def characters(unit: Unit, progress: Callable[[int], None]) -> Iterator[str]:
-    """The text of a unit; `progress` is told what was read, before the text is given.
+def characters(unit: Unit, progress: Callable[[int], None]) -> Iterator[Passage]:
+    """The text of a unit; `progress` gets what was read, before each passage.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -214,28 +258,16 @@ def characters(unit: Unit, progress: Callable[[int], None]) -> Iterator[str]:
         # the first bytes of a character that the block before ended in
         begun = len(decoder.getstate()[0])
         progress(read)
+        if offset <= len(codecs.BOM_UTF8):
+            text_files.check_characters(path, block)
         try:
-            yield decoder.decode(block, final=not block)
+            yield Passage(offset - begun, path, decoder.decode(block, final=not block))
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"`data` must be UTF-8, {path} has byte 0x{error.object[error.start]:02x} at "
                 f"offset {offset - begun + error.start} ({error.reason}); the tokenizer 'bytes' "
                 "accepts it"
             ) from error
-
-
-def _files(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        what = "is neither" if source.exists() else "does not exist"
-        raise FileNotFoundError(f"`data` must name a file or folder, {source} {what}")
-    inside = (path.relative_to(source) for path in source.rglob("*"))
-    shown = sorted(p for p in inside if not any(part.startswith(".") for part in p.parts))
-    files = [source / path for path in shown if (source / path).is_file()]
-    if not files:
-        raise ValueError(f"`data` must hold text, the folder {source} has no files")
-    return files
 
 
 def _cut(path: Path, start: int, stop: int, end: int) -> int:

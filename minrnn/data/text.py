@@ -1,10 +1,11 @@
 """A text of any size as memory-mapped files of ids, and batches cut from it."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,12 +14,14 @@ from minrnn.data import bpe, shards, sources, tokenizers
 from minrnn.data.batch import Batch
 from minrnn.data.shards import Shard, Tokens
 from minrnn.data.sources import Unit
+from minrnn.data.text_files import check_outside, is_corpus
 from minrnn.data.tokenizers import Bytes, Characters, Kind, Tokenizer
-from minrnn.files import remove_leftovers, write_atomically
+from minrnn.files import locked, remove_leftovers, write_atomically
 
 Split = Literal["train", "valid"]
 
 _BLOCK = 1 << 22
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,37 @@ class Corpus:
         """Of the ids."""
         return shards.fingerprint(self.shards)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two corpora share only if they are the same: ids, tokenizer and split."""
+        train, end = self.num_train, self.num_tokens
+        return {
+            "tokenizer": self.tokenizer.to_json(),
+            "split": {"train": [0, train], "valid": [train, end]},
+            "tokens_sha256": self.sha256,
+        }
+
+    def num_targets(self, limit: int = 0) -> int:
+        """The targets of the validation part: all tokens but its first, at most `limit` if > 0."""
+        count = max(0, self.num_tokens - self.num_train - 1)
+        return min(limit, count) if limit else count
+
     def tokens(self, split: Split) -> Tokens:
         """The ids of one part, memory-mapped."""
         dtype = shards.id_dtype(self.tokenizer.vocab_size)
         bounds = (0, self.num_train) if split == "train" else (self.num_train, self.num_tokens)
         return Tokens(self.folder, self.shards, dtype, *bounds)
 
-    def num_bytes(self, split: Split) -> int:
-        """The bytes of UTF-8 that the symbols of one part stand for, its first left out."""
-        tokens, lengths = self.tokens(split), self.tokenizer.byte_lengths
-        blocks = range(1, len(tokens), _BLOCK)
-        return sum(int(lengths[tokens[n : n + _BLOCK]].sum()) for n in blocks)
+    def num_bytes(self, limit: int = 0) -> int:
+        """The bytes of UTF-8 that the targets of the validation part stand for.
+
+        Args:
+            limit: targets at most; 0 for all.
+        """
+        tokens, lengths = self.tokens("valid"), self.tokenizer.byte_lengths
+        stop = 1 + self.num_targets(limit)
+        blocks = range(1, stop, _BLOCK)
+        return sum(int(lengths[tokens[n : min(n + _BLOCK, stop)]].sum()) for n in blocks)
 
     def check_windows(self, context: int) -> None:
         """Each part is long enough for windows of `context` symbols and the one after them.
@@ -88,8 +111,7 @@ class Corpus:
             batch_size: windows in a batch, fewer in the last.
             limit: targets at most; 0 for all.
         """
-        tokens = self.tokens("valid")
-        num_targets = min(limit or len(tokens), len(tokens) - 1)
+        tokens, num_targets = self.tokens("valid"), self.num_targets(limit)
         for start in range(0, num_targets, context * batch_size):
             stop = min(start + context * batch_size, num_targets)
             rows = -(-(stop - start) // context)
@@ -113,8 +135,7 @@ class Corpus:
             count: streams, the rows of each batch.
             limit: targets at most; 0 for all.
         """
-        tokens = self.tokens("valid")
-        num_targets = min(limit or len(tokens), len(tokens) - 1)
+        tokens, num_targets = self.tokens("valid"), self.num_targets(limit)
         length = -(-num_targets // count)
         for begin in range(0, length, context):
             windows = np.zeros((count, context + 1), dtype=np.int64)
@@ -138,6 +159,8 @@ def build(
 ) -> Corpus:
     """Read a text of any size into a corpus folder, in blocks.
 
+    A corpus that is there already stays whole until the new one is, and as it is if that fails.
+
     Args:
         source: a UTF-8 file, or a folder whose files are read in the order of their paths (hidden
             ones left out), each ending in a line break; or units of either or of a dataset.
@@ -151,15 +174,32 @@ def build(
     Raises:
         FileNotFoundError: there is no `source`.
         ValueError: it is empty, is not UTF-8 (characters, bpe), holds a character that the given
-            tokenizer does not know, `valid_fraction` is out of range, or there is no such
-            tokenizer.
+            tokenizer does not know, `valid_fraction` is out of range, there is no such tokenizer,
+            or another process reads or writes the corpus in `folder`.
         ModuleNotFoundError: "bpe:V" needs the package tokenizers.
     """
     if not 0 < valid_fraction <= 1:
         raise ValueError(f"`valid_fraction` must be in (0, 1], got {valid_fraction}")
+    if isinstance(source, Path):
+        check_outside(source, folder)
     units = sources.of_files(source) if isinstance(source, Path) else list(source)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    with locked(folder / _LOCK):
+        try:
+            return _write(units, folder, tokenizer, valid_fraction, progress, processes)
+        finally:
+            _tidy(folder, made)
+
+
+def _write(
+    units: Sequence[Unit],
+    folder: Path,
+    tokenizer: Kind | Tokenizer,
+    valid_fraction: float,
+    progress: Callable[[int, int], None],
+    processes: int,
+) -> Corpus:
     # read once to make a tokenizer, and once for the ids
     passes = 2 if isinstance(tokenizer, str) and tokenizer != Bytes.kind else 1
     total, done = passes * sources.total(units), 0
@@ -172,18 +212,46 @@ def build(
     if isinstance(tokenizer, str):
         tokenizer = _made(tokenizer, units, 1 - valid_fraction, processes, read)
     written = shards.write(units, folder, tokenizer, processes, read)
-    num_train = int(sum(shard.num_tokens for shard in written) * (1 - valid_fraction))
-    corpus = Corpus(folder, tokenizer, tuple(written), num_train)
+    num_tokens = sum(shard.num_tokens for shard in written)
+    corpus = Corpus(folder, tokenizer, tuple(written), num_train(num_tokens, valid_fraction))
     _save(corpus)
-    for path in set(folder.glob("tokens*.bin")) - {folder / shard.name for shard in written}:
-        # of a text that was here before
-        path.unlink()
     return corpus
 
 
-def is_corpus(folder: Path) -> bool:
-    """Whether `build` wrote `folder`."""
-    return (folder / "corpus.json").is_file()
+def is_leftover(path: Path) -> bool:
+    """Whether `path` is what a `build` that was killed left in its folder."""
+    known = (_LOCK, "tokens-*.bin", ".*.tmp")
+    return any(path.match(pattern) for pattern in known)
+
+
+def num_train(num_tokens: int, valid_fraction: float) -> int:
+    """How many of `num_tokens` ids are for training."""
+    return int(num_tokens * (1 - valid_fraction))
+
+
+def _tidy(folder: Path, made: bool) -> None:
+    """Delete the files of ids that `corpus.json` does not list, and `folder` if `made` in vain."""
+    remove_leftovers(folder)
+    # of a damaged corpus nobody knows which files are its own
+    with contextlib.suppress(ValueError):
+        listed = {shard.name for shard in _read(folder).shards} if is_corpus(folder) else set()
+        for path in folder.glob("tokens*.bin"):
+            if path.name not in listed:
+                path.unlink()
+    if made and not is_corpus(folder):
+        (folder / _LOCK).unlink()
+        folder.rmdir()
+
+
+def being_read(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep `build` from replacing the corpus in `folder` while the block runs.
+
+    Raises:
+        ValueError: it is being replaced.
+    """
+    # a folder that was copied without it has no lock; no file of ids takes another's name
+    lock = folder / _LOCK
+    return locked(lock, shared=True) if lock.is_file() else contextlib.nullcontext()
 
 
 def load(folder: Path, check: bool = True) -> Corpus:
@@ -198,6 +266,16 @@ def load(folder: Path, check: bool = True) -> Corpus:
         FileNotFoundError: it is none.
         ValueError: it is damaged.
     """
+    corpus = _read(folder)
+    for shard in corpus.shards if check else ():
+        tokens = folder / shard.name
+        if not tokens.is_file() or shards.sha256(tokens) != shard.sha256:
+            raise ValueError(f"{tokens} is damaged: its content does not fit its checksum")
+    return corpus
+
+
+def _read(folder: Path) -> Corpus:
+    """What `corpus.json` says; the ids are not checked."""
     path = folder / "corpus.json"
     if not path.is_file():
         raise FileNotFoundError(f"`folder` must hold a corpus, {path} does not exist")
@@ -217,10 +295,6 @@ def load(folder: Path, check: bool = True) -> Corpus:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     if not 0 <= num_train <= num_tokens:
         raise ValueError(f"{path} is damaged: `num_train` must be in [0, {num_tokens}]")
-    for shard in corpus.shards if check else ():
-        tokens = folder / shard.name
-        if not tokens.is_file() or shards.sha256(tokens) != shard.sha256:
-            raise ValueError(f"{tokens} is damaged: its content does not fit its checksum")
     return corpus
 
 
@@ -253,7 +327,8 @@ def _made(
     """The tokenizer `kind`, from the text; BPE from the first `share` of it."""
     size = tokenizers.bpe_size(kind)
     if size:
-        return bpe.learn(_beginning(units, share, progress), size)
+        num_bytes = int(share * sources.total(units))
+        return bpe.learn(_beginning(units, share, progress), size, num_bytes)
     if kind == Bytes.kind:
         return Bytes()
     return Characters(shards.vocabulary(units, processes, progress))
@@ -271,9 +346,9 @@ def _beginning(
         progress(size)
 
     for unit in units:
-        for block in sources.characters(unit, read):
+        for passage in sources.characters(unit, read):
             if left <= 0:
-                content = block.encode("utf-8")
+                content = passage.text.encode("utf-8")
                 yield content[: len(content) + left].decode("utf-8", errors="ignore")
                 return
-            yield block
+            yield passage.text

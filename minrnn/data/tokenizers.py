@@ -12,6 +12,23 @@ from minrnn.data.bpe import BPE, known_id, to_utf8
 Kind = str
 
 
+class UnknownCharacterError(ValueError):
+    """A text has a character that its tokenizer does not know."""
+
+    def __init__(self, character: str, index: int, known: int) -> None:
+        self.index = index
+        """Of the character in the text."""
+        self.what = (
+            f"character {character!r} (U+{ord(character):04X}) is not among the {known} "
+            "characters that this model knows"
+        )
+        super().__init__(self.what.replace(" is not", f" at place {index} is not", 1))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # its arguments are not those of ValueError, which pickling between processes would use
+        return ValueError, self.args
+
+
 class Characters:
     """Each distinct character of a text is a symbol.
 
@@ -52,17 +69,15 @@ class Characters:
         """The ids of `text`, (T,) int64.
 
         Raises:
-            ValueError: a character is not in the vocabulary; the message names it and its place.
+            UnknownCharacterError: a character is not in the vocabulary; the message names it and
+                its place.
         """
         points = _code_points(text)
         ids = self._ids[np.minimum(points, len(self._ids) - 1)]
         unknown = (ids < 0) | (points >= len(self._ids))
         if unknown.any():
             place = int(unknown.argmax())
-            raise ValueError(
-                f"character {text[place]!r} (U+{ord(text[place]):04X}) at place {place} is not "
-                f"among the {self.vocab_size} characters that this model knows"
-            )
+            raise UnknownCharacterError(text[place], place, self.vocab_size)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -147,6 +162,17 @@ def bpe_size(kind: str) -> int:
         f"`tokenizer` must be 'characters', 'bytes' or 'bpe:V' with V > {Bytes.vocab_size} "
         f"symbols, got {kind!r}"
     )
+
+
+def name_of(tokenizer: Tokenizer) -> str:
+    """What a person asks for to get such a tokenizer.
+
+    Example:
+        >>> name_of(Bytes()), name_of(BPE(["t h"]))
+        ('bytes', 'bpe:257')
+    """
+    size = f":{tokenizer.vocab_size}" if isinstance(tokenizer, BPE) else ""
+    return tokenizer.kind + size
 
 
 def from_json(saved: Any) -> Tokenizer:

@@ -126,7 +126,9 @@ def _start(name: Name, seed: int, folder: Path, text: Path, config: ShakespeareC
     given = {name: getattr(config, name) for name in ("steps", "patience", "precision")}
     train = replace(recipe.train, seed=seed, **given)
     model = ENTRIES[name].model
-    text_runs.start(replace(recipe, data=text, out=folder, model=model, train=train))
+    # the whole validation part, as the paper, whatever the number of steps between evaluations
+    asked = replace(recipe, data=text, out=folder, model=model, train=train, valid_limit=0)
+    text_runs.start(asked)
 
 
 def write(config: ShakespeareConfig) -> None:

@@ -9,6 +9,7 @@ from minrnn.configs import check_fields
 from minrnn.data import sources
 from minrnn.data import text as text_data
 from minrnn.data.text import Corpus
+from minrnn.data.text_files import check_outside
 from minrnn.data.tokenizers import Kind, bpe_size
 
 
@@ -26,12 +27,12 @@ class CorpusConfig:
     dataset: str | None = None
     """In place of `data`, a dataset of Hugging Face: its name there, or a folder that
     `save_to_disk` wrote or that has its data files."""
-    split: str = "train"
-    """Of the dataset."""
-    column: str = "text"
-    """Of the dataset, which has the text."""
+    split: str | None = None
+    """Of the dataset; None for train."""
+    column: str | None = None
+    """Of the dataset, which has the text; None for text."""
     tokenizer: Kind = "characters"
-    """What a symbol is: characters, bytes, or bpe:V for V pieces of words, e.g. bpe:4096."""
+    """What a token is: characters, bytes, or bpe:V for V parts of words, e.g. bpe:4096."""
     valid_fraction: float = 0.1
     """The last part of the text, which is only validated on."""
     processes: int = 0
@@ -60,11 +61,22 @@ def build(
     if (config.data is None) == (config.dataset is None):
         given = "both" if config.data else "neither"
         raise ValueError(f"one of `data` and `dataset` must be given, got {given}")
-    if out.exists() and not text_data.is_corpus(out) and (not out.is_dir() or any(out.iterdir())):
+    if config.data is not None:
+        for name in ("split", "column"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"`{name}` belongs to `dataset`, got it with `data`")
+        check_outside(config.data, out)
+    if out.exists() and not text_data.is_corpus(out) and not _is_empty(out):
         raise ValueError(f"`out` must be a new folder, or one that this wrote before, got {out}")
     if config.data is not None:
         units = sources.of_files(config.data)
     else:
-        units = sources.of_dataset(config.dataset or "", config.split, config.column)
+        split, column = config.split or "train", config.column or "text"
+        units = sources.of_dataset(config.dataset or "", split, column)
     processes = config.processes or os.cpu_count() or 1
     return text_data.build(units, out, config.tokenizer, config.valid_fraction, progress, processes)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether there is nothing in `folder` but what a killed process left there."""
+    return folder.is_dir() and all(text_data.is_leftover(path) for path in folder.iterdir())

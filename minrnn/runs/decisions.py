@@ -23,7 +23,8 @@ from minrnn.decision import DecisionConfig, DecisionModel
 from minrnn.environments import action_bounds, check_spaces, making
 from minrnn.progress import Progress
 from minrnn.recipes import RlConfig
-from minrnn.runs.folder import chosen_folder, new_folder, restarted
+from minrnn.runs.folder import new_folder, restarted_in
+from minrnn.runs.settings import check_model
 from minrnn.tasks import DecisionTask
 from minrnn.train import Result, train
 from minrnn.train_config import TrainConfig
@@ -59,12 +60,14 @@ def start(config: RlConfig) -> Path:
 
 
 def _start(config: RlConfig) -> Path:
-    folder = config.out or chosen_folder(Path("runs"), "rl")
-    if restarted() and (folder / "config.json").is_file():
-        return folder
+    default = Path("runs", "rl")
+    restarted = restarted_in(config.out, default)
+    if restarted is not None:
+        return restarted
     if not config.data:
         raise ValueError("`data` must name at least one set of episodes, got none")
-    with new_folder(folder, ("config.json",)):
+    out, numbered = config.out or default, config.out is None
+    with new_folder(out, ("config.json",), numbered=numbered) as folder:
         data = _read(config)
         if data.environment is None:
             raise ValueError("the data does not say its environment; give it by --env")
@@ -74,9 +77,7 @@ def _start(config: RlConfig) -> Path:
             low, high = action_bounds(environment)
         _report_outside(data, low, high)
         model = _model_config(config.model, data)
-        # settings that do not fit one another are refused here, not when the run is read
-        with torch.device("meta"):
-            DecisionModel(model)
+        check_model(DecisionModel, model, config.train, config.context)
         facts = {
             "trajectories": _to_json(config),
             "decision_model": dataclasses.asdict(model),
