@@ -73,7 +73,8 @@ def test_a_recipe_fills_in_what_is_not_given(source: Path, tmp_path, monkeypatch
 )
 def test_a_recipe_follows_the_steps_and_the_rate_that_are_given(monkeypatch, kind, name) -> None:
     seen = []
-    monkeypatch.setitem(cli.COMMANDS, f"train {kind}", lambda config: seen.append(config) or 0)
+    function = f"minrnn.cli.{kind}.train_{kind}"
+    monkeypatch.setattr(function, lambda config: seen.append(config) or 0)
     command = ["train", kind, "--recipe", name, "--steps", "9", "--learning-rate", "2e-5"]
     assert cli.main(command) == 0
     rates = [seen[0].train.learning_rate_at(step) for step in range(10)]
