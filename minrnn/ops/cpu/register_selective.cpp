@@ -1,23 +1,13 @@
 // Binds selective.h to torch's dispatcher for the CPU. What calls it is minrnn/ops/selective.py,
 // which brings contiguous tensors of one dtype.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <tuple>
 
+#include "checks.h"
 #include "selective.h"
 
 namespace minrnn {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-}  // namespace
 
 #define MINRNN_SELECTIVE(S)                                                                    \
   MULTI_ISA void selective_run(const Selective<S>& in, int64_t row, int64_t first,             \
@@ -42,6 +32,7 @@ namespace {
 
 void check_shapes(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& b,
                   const Tensor& c, const Tensor& h0) {
+  for (const Tensor& x : {u, dt, A, b, c, h0}) check_readable("inputs", x);
   STD_TORCH_CHECK(u.dim() == 3 && b.dim() == 3 && A.dim() == 2, "u, b need 3 dimensions, A 2");
   const int64_t B = u.size(0), T = u.size(1), D = u.size(2), N = A.size(1);
   const bool right = dt.dim() == 3 && dt.size(0) == B && dt.size(1) == T && dt.size(2) == D &&

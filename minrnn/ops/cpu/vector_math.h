@@ -73,16 +73,17 @@ MINRNN_INLINE C absolute(C x) {
 }
 
 // sigmoid(x) = open / sum and sigmoid(-x) = shut / sum, both to full relative precision, from one
-// exponential. Undivided, so that several quotients of one step can share a single division.
+// exponential. Undivided, so that several quotients of one step can share a single division. `small`
+// is the smaller of open and shut.
 template <class C>
 struct Sigmoid {
-  C open, shut, sum;
+  C open, shut, sum, small;
 
   MINRNN_INLINE explicit Sigmoid(C x) {
-    const C e = exp_nonpositive(-absolute(x));
-    open = x < C(0) ? e : C(1);
-    shut = x < C(0) ? C(1) : e;
-    sum = C(1) + e;
+    small = exp_nonpositive(-absolute(x));
+    open = x < C(0) ? small : C(1);
+    shut = x < C(0) ? C(1) : small;
+    sum = C(1) + small;
   }
 };
 
