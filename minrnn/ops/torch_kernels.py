@@ -197,6 +197,8 @@ def _owners(T: int, cu_seqlens: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """Whose step t is, (T,), and whether it is the first one processed there, (T,) bool."""
     steps = torch.arange(T, device=cu_seqlens.device)
     owner = torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True)
+    # bounds that end before T leave steps to nobody: no index may lie beyond the last
+    owner = owner.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
     return owner, steps == (cu_seqlens[owner + 1] - 1 if reverse else cu_seqlens[owner])
 
 
@@ -223,7 +225,7 @@ def _last_of_each(h: Tensor, h0: Tensor | None, cu_seqlens: Tensor, reverse: boo
     empty = h.new_zeros(start.shape[0], h.shape[2]) if h0 is None else h0
     if h.shape[1] == 0:
         return empty.clone()
-    last = start.clamp(max=h.shape[1] - 1) if reverse else (stop - 1).clamp(min=0)
+    last = (start if reverse else stop - 1).clamp(min=0, max=h.shape[1] - 1)
     return torch.where((start == stop)[:, None], empty, h[0, last])
 
 
@@ -256,7 +258,7 @@ def _through_first_step(
         dh0 = a[:, first] * g_first
         return dh0 if reset is None else torch.where(reset[:, first, None], 0.0, dh0)
     start, stop = cu_seqlens[:-1], cu_seqlens[1:]
-    first = (stop - 1).clamp(min=0) if reverse else start.clamp(max=T - 1)
+    first = (stop - 1 if reverse else start).clamp(min=0, max=T - 1)
     dh0 = a[0, first] * g_first
     if reset is not None:
         dh0 = torch.where(reset[0, first, None], 0.0, dh0)

@@ -1,15 +1,10 @@
 // Binds rows.h and model.h to torch's dispatcher for the CPU. What calls them is minrnn/ops/rows.py
 // and minrnn/packing.py, which pack the weights.
 
-// a product and a sum are one instruction where the machine has one: no order of sums changes
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=fast")
-#endif
+#include "compiler.h"
 
-// vectors are passed between inlined functions only
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
+// before all functions: no order of sums changes
+MINRNN_CONTRACT
 
 #include <algorithm>
 #include <limits>
@@ -26,17 +21,15 @@ namespace minrnn {
 
 // One function for each instruction set, with its own width of vectors; the widest that the machine
 // has is taken.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-const int vectors = __builtin_cpu_supports("x86-64-v4")   ? 16
-                    : __builtin_cpu_supports("x86-64-v3") ? 8
-                                                          : 4;
+#if MINRNN_CLONES
+const int vectors = MINRNN_HAS_V4 ? 16 : MINRNN_HAS_V3 ? 8 : 4;
 
 #define MINRNN_ROWS(W)                                                                       \
-  __attribute__((target("arch=x86-64-v4"))) void rows_run_16(                                \
+  __attribute__((target(MINRNN_V4))) void rows_run_16(                                       \
       const Panels<W>& of, int64_t begin, int64_t end, const float* x, int64_t M, float* y) { \
     panels_times<16>(of, begin, end, x, M, y);                                               \
   }                                                                                          \
-  __attribute__((target("arch=x86-64-v3"))) void rows_run_8(                                 \
+  __attribute__((target(MINRNN_V3))) void rows_run_8(                                        \
       const Panels<W>& of, int64_t begin, int64_t end, const float* x, int64_t M, float* y) { \
     panels_times<8>(of, begin, end, x, M, y);                                                \
   }                                                                                          \

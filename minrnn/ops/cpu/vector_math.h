@@ -5,17 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
+
 namespace minrnn {
-
-#define MINRNN_INLINE inline __attribute__((always_inline))
-#define MINRNN_LAMBDA __attribute__((always_inline))
-
-// One build for every x86-64 machine: the loader picks the widest vectors it has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MULTI_ISA __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define MULTI_ISA
-#endif
 
 template <class To, class From>
 MINRNN_INLINE To bits_as(From from) {
