@@ -9,7 +9,9 @@ fake kernels must agree. A crash ends the process: `--log` has the round, `--onl
 """
 
 import argparse
+import importlib
 import os
+import pkgutil
 import random
 import sys
 import warnings
@@ -284,7 +286,10 @@ def compare_results(name: str, args: list[Any], before: list[Any], out: list[Ten
     if again is None:
         raise Found(f"the same in contiguous memory is refused: {error}")
     for x, y in zip(out, again, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, equal_nan=True)
+        # in double, since no tolerance is taken for 8 bits
+        torch.testing.assert_close(
+            x.double(), y.double(), rtol=1e-4, atol=1e-5, equal_nan=True, msg=f"{x}, {y}"
+        )
     for x, y in zip(tensors_of(args), tensors_of(before), strict=True):
         assert x is not None
         if not bool(((x == y) | (x != x)).all()):
@@ -342,8 +347,12 @@ def main() -> int:
     if options.library is not None:
         load, library = torch.ops.load_library, options.library
         torch.ops.load_library = lambda path: load(library)  # pyright: ignore[reportAttributeAccessIssue]
-    from minrnn import info
+    from minrnn import info, ops
 
+    # every module that defines operators
+    for module in pkgutil.iter_modules(ops.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"minrnn.ops.{module.name}")
     assert set(info.kernels()["CPU"].values()) == {"compiled"}, "no compiled kernels to test"
     schemas = torch._C._jit_get_all_schemas()
     names = sorted({s.name.split("::")[1] for s in schemas if s.name.startswith("minrnn::")})
