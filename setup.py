@@ -60,7 +60,14 @@ setup(
             libraries=["torch", "torch_cpu", "c10"],
             extra_compile_args=["/O2", "/std:c++17"]
             if windows
-            else ["-O3", "-std=c++17", "-fno-trapping-math", "-fvisibility=hidden", "-g0"],
+            else [
+                "-O3",
+                "-std=c++17",
+                "-fno-trapping-math",
+                "-fvisibility=hidden",
+                "-g0",
+                "-Wno-psabi",
+            ],
         )
     ],
 )

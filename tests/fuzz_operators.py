@@ -74,7 +74,7 @@ def recurrence(name: str, rng: random.Random) -> list[Any]:
 def selective(name: str, rng: random.Random) -> list[Any]:
     """Arguments that fit `selective_scan`."""
     (B, T, D), N = sizes_of(rng), rng.choice([0, 1, 4])
-    make = {"dtype": rng.choice(DTYPES[:2])}
+    make: dict[str, Any] = {"dtype": rng.choice(DTYPES[:2])}
     u, dt, A = torch.randn(B, T, D, **make), torch.rand(B, T, D, **make), -torch.rand(D, N, **make)
     sides, states = torch.randn(2, B, T, N, **make), torch.randn(2, B, D * N, **make)
     args = [u, dt, A - 0.1, *sides, states[0], rng.random() < 0.5]
@@ -155,6 +155,8 @@ def spoiled_tensor(x: Tensor, rng: random.Random) -> Tensor | None:
         return x
     axis = rng.randrange(max(1, x.dim()))
     has_axis = x.dim() > 0
+    if has_axis and rng.random() < 0.4:
+        return one_size(x, axis, rng)
     ways = [
         lambda: x[None],
         lambda: x.flatten(),
@@ -176,7 +178,7 @@ def spoiled_tensor(x: Tensor, rng: random.Random) -> Tensor | None:
         lambda: x.to("meta"),
         lambda: x.to_sparse() if has_axis else x,
         lambda: None,
-        lambda: torch._neg_view(x) if x.is_floating_point() else x,
+        lambda: torch.ops.aten._neg_view(x) if x.is_floating_point() else x,
         lambda: other_values(x, rng),
         lambda: other_values(x, rng),
     ]
@@ -185,6 +187,13 @@ def spoiled_tensor(x: Tensor, rng: random.Random) -> Tensor | None:
     except RuntimeError:
         # a way that torch does not go for this dtype
         return x
+
+
+def one_size(x: Tensor, axis: int, rng: random.Random) -> Tensor:
+    """Ones in fresh memory, one size another."""
+    sizes, size = list(x.shape), x.shape[axis]
+    sizes[axis] = rng.choice([0, 1, max(0, size - 1), size + 1, 2 * size])
+    return x.new_ones(sizes)
 
 
 def freed(x: Tensor) -> Tensor:
@@ -341,6 +350,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, default=None)
     parser.add_argument("--log", type=Path, default=None)
+    parser.add_argument("--operator", default=None)
     parser.add_argument("--library", type=Path, default=None)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -356,6 +366,7 @@ def main() -> int:
     assert set(info.kernels()["CPU"].values()) == {"compiled"}, "no compiled kernels to test"
     schemas = torch._C._jit_get_all_schemas()
     names = sorted({s.name.split("::")[1] for s in schemas if s.name.startswith("minrnn::")})
+    names = [name for name in names if options.operator in (None, name)]
     log = os.open(options.log or os.devnull, os.O_WRONLY | os.O_CREAT)
     taken, wrong, first = 0, 0, options.seed * 10_000_000
     rounds = range(first, first + options.rounds) if options.only is None else [options.only]

@@ -136,7 +136,8 @@ def _register_shapes(op: _Operator) -> None:
         check_call(f"{op.name}_backward", (dh, dh_T, *args), read_bounds=False)
         gate, h0 = args[0], args[op.num_saved]
         grads = [gate.new_empty(gate.shape) for _ in range(op.num_gates)]
-        return *grads, torch.empty_like(dh_T, dtype=dh_T.dtype if h0 is None else h0.dtype)
+        state_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
+        return *grads, dh_T.new_empty(dh_T.shape, dtype=state_dtype if h0 is None else h0.dtype)
 
     torch.library.register_fake(f"minrnn::{op.name}", forward, lib=_library)
     torch.library.register_fake(f"minrnn::{op.name}_backward", backward, lib=_library)

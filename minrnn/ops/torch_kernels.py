@@ -52,8 +52,9 @@ def scan_backward(
 
     A scan that runs the other way: its decay is that of the step after, its first state dh_T.
     """
-    dtype, dtype_h0 = a.dtype, dh_T.dtype if h0 is None else h0.dtype
+    dtype = a.dtype
     dh, a, h = widen(dh), widen(a), widen(h)
+    dh_T, dtype_h0 = dh_T.to(h.dtype), h.dtype if h0 is None else h0.dtype
     before_first = dh_T.new_zeros(dh_T.shape) if h0 is None else h0.to(h.dtype)
     before = _shift(h, before_first, cu_seqlens, reverse)
     later = None

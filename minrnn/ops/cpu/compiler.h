@@ -36,12 +36,15 @@
 #endif
 
 // A product and a sum are one instruction where the machine has one.
-#if MINRNN_GNU && !defined(__clang__)
+// Before GCC 12 the pragma keeps functions of other targets from being inlined; it is the default there.
+#if MINRNN_GNU && !defined(__clang__) && __GNUC__ >= 12
 #define MINRNN_CONTRACT _Pragma("GCC optimize(\"fp-contract=fast\")")
-// vectors are passed between inlined functions only: their ABI does not matter
-#pragma GCC diagnostic ignored "-Wpsabi"
 #else
 #define MINRNN_CONTRACT
+#endif
+#if MINRNN_GNU && !defined(__clang__)
+// vectors are passed between inlined functions only: their ABI does not matter
+#pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
 // One build for every x86-64 machine: the loader picks the widest vectors it has. Sanitizers run
@@ -50,23 +53,21 @@
     !defined(__SANITIZE_THREAD__)
 #define MINRNN_CLONES 1
 #if __GNUC__ >= 12
+#define MINRNN_TARGETS 1
 #define MINRNN_V3 "arch=x86-64-v3"
 #define MINRNN_V4 "arch=x86-64-v4"
 #define MINRNN_HAS_V3 __builtin_cpu_supports("x86-64-v3")
 #define MINRNN_HAS_V4 __builtin_cpu_supports("x86-64-v4")
 #else
-// machines that these levels were named after
+// machines that these levels were named after; functions of one target only do not inline vectors
+#define MINRNN_TARGETS 0
 #define MINRNN_V3 "arch=haswell"
 #define MINRNN_V4 "arch=skylake-avx512"
-#define MINRNN_HAS_V3 \
-  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-#define MINRNN_HAS_V4                                                                        \
-  (MINRNN_HAS_V3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
-   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
 #endif
 #define MULTI_ISA __attribute__((target_clones("default", MINRNN_V3, MINRNN_V4)))
 #else
 #define MINRNN_CLONES 0
+#define MINRNN_TARGETS 0
 #define MULTI_ISA
 #endif
 

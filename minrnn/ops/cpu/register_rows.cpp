@@ -21,7 +21,7 @@ namespace minrnn {
 
 // One function for each instruction set, with its own width of vectors; the widest that the machine
 // has is taken.
-#if MINRNN_CLONES
+#if MINRNN_TARGETS
 const int vectors = MINRNN_HAS_V4 ? 16 : MINRNN_HAS_V3 ? 8 : 4;
 
 #define MINRNN_ROWS(W)                                                                       \
@@ -45,9 +45,9 @@ const int vectors = MINRNN_HAS_V4 ? 16 : MINRNN_HAS_V3 ? 8 : 4;
   }
 #else
 #define MINRNN_ROWS(W)                                                                       \
-  void rows_run(const Panels<W>& of, int64_t begin, int64_t end, const float* x, int64_t M,  \
-                float* y) {                                                                  \
-    panels_times<4>(of, begin, end, x, M, y);                                                \
+  MULTI_ISA void rows_run(const Panels<W>& of, int64_t begin, int64_t end, const float* x,   \
+                          int64_t M, float* y) {                                             \
+    panels_times<MINRNN_CLONES ? 8 : 4>(of, begin, end, x, M, y);                            \
   }
 #endif
 
@@ -174,8 +174,13 @@ Tensor linear_rows(Tensor x, Tensor packed, MaybeTensor scale, MaybeTensor bias,
                    int64_t K) {
   check_readable("x", x);
   check_readable("panels", packed);
+  if (scale) check_readable("scale", *scale);
+  if (bias) check_readable("bias", *bias);
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == K && x.scalar_type() == ScalarType::Float,
                   "`x` must have shape (M, K), K = ", K, ", and be float32");
+  if (scale) scale = torch::stable::contiguous(*scale);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  packed = torch::stable::contiguous(packed);
   return with_weight(packed.scalar_type(), [&](auto type) {
     const auto of = panels_of<decltype(type)>(packed, scale, bias, N, K);
     const Tensor from = torch::stable::contiguous(x);
