@@ -87,7 +87,8 @@ test-page: $(VENV)/ready
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow --timeout 3600
 
-# the kernels alone, without Python or torch: tests/stub has the two functions that share out threads
+# first the kernels alone, without Python or torch: tests/stub has the two functions that share out
+# threads; then every operator, called directly with arguments that do not fit
 SANITIZED := $(CXX) -O1 -g -std=c++17 -fno-trapping-math -fno-sanitize-recover=all -Itests/stub
 sanitize:
 	@mkdir -p build
@@ -99,8 +100,26 @@ sanitize:
 	build/sanitize_selective
 	$(SANITIZED) -Wno-psabi -fsanitize=address,undefined tests/sanitize_rows.cpp -o build/sanitize_rows
 	build/sanitize_rows
+	$(SANITIZED) -DMINRNN_PORTABLE -fsanitize=address,undefined tests/sanitize_rows.cpp \
+	    -o build/sanitize_portable
+	build/sanitize_portable
 	$(SANITIZED) -fsanitize=thread tests/sanitize_threads.cpp -o build/sanitize_races
 	build/sanitize_races
+	$(MAKE) build/asan/_native.so
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$(ASAN_LIBRARIES)" \
+	    $(BIN)/python tests/fuzz_operators.py --rounds 20000 --log build/asan/round \
+	    --library build/asan/_native.so
+
+# the whole library under AddressSanitizer, for direct calls of torch.ops with what does not fit; the
+# C++ library beside it, as else the interceptor of exceptions does not find it
+ASAN_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+TORCH = $(shell $(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent)")
+build/asan/_native.so: $(wildcard minrnn/ops/cpu/*) | $(VENV)/ready
+	@mkdir -p build/asan
+	$(CXX) -shared -fPIC -O1 -g1 -std=c++17 -fno-trapping-math -fvisibility=hidden \
+	    -fsanitize=address -DTORCH_TARGET_VERSION=0x020a000000000000 -I$(TORCH)/include \
+	    minrnn/ops/cpu/register.cpp minrnn/ops/cpu/register_rows.cpp \
+	    minrnn/ops/cpu/register_selective.cpp -L$(TORCH)/lib -ltorch -ltorch_cpu -lc10 -o $@
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

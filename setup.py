@@ -1,7 +1,7 @@
 """Builds the CPU kernels; everything else about the package stands in pyproject.toml.
 
 Without a compiler, or without torch at build time, the package installs all the same and runs on
-pure torch; `minrnn info` says which of the two it is.
+pure torch; its first use warns of that, and `minrnn info` says why.
 """
 
 import sys
@@ -25,7 +25,7 @@ class BuildNative(build_ext):
         try:
             import torch
         except ImportError:
-            print("minrnn: no torch at build time (--no-build-isolation): no compiled kernels")
+            _say("no torch at build time (--no-build-isolation)")
             return
         root = Path(torch.__file__).parent
         for extension in self.extensions:
@@ -34,7 +34,14 @@ class BuildNative(build_ext):
         try:
             super().run()
         except Exception as error:
-            print(f"minrnn: the compiled kernels were not built, pure torch will run: {error}")
+            _say(str(error))
+
+
+def _say(why: str) -> None:
+    """On stderr, which pip shows with -v only: the first use of the package says it again."""
+    print(
+        f"minrnn: the compiled kernels were not built, pure torch will run: {why}", file=sys.stderr
+    )
 
 
 windows = sys.platform == "win32"
@@ -53,7 +60,14 @@ setup(
             libraries=["torch", "torch_cpu", "c10"],
             extra_compile_args=["/O2", "/std:c++17"]
             if windows
-            else ["-O3", "-std=c++17", "-fno-trapping-math", "-fvisibility=hidden", "-g0"],
+            else [
+                "-O3",
+                "-std=c++17",
+                "-fno-trapping-math",
+                "-fvisibility=hidden",
+                "-g0",
+                "-Wno-psabi",
+            ],
         )
     ],
 )

@@ -10,6 +10,7 @@ import torch
 import minrnn
 from minrnn import checkpoint
 from minrnn.data import tokenizers
+from minrnn.ops import native
 from minrnn.ops.operators import NAMES
 
 _DEVICES = ("CPU", "CUDA", "MPS")
@@ -35,6 +36,8 @@ def describe() -> Iterator[str]:
         yield f"{name} {_version(name)}"
     yield ""
     yield "kernels: compiled or in Triton where there is one, pure torch everywhere else"
+    if native.reason is not None:
+        yield f"the CPU runs on pure torch: {native.reason}"
     for device, served in kernels().items():
         found = sorted(set(served.values()))
         if len(found) == 1:

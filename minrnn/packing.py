@@ -215,7 +215,7 @@ def _matrix(linear: nn.Linear, weights: WeightDtype) -> list[Tensor]:
 def _packed(weight: Tensor, bias: Tensor | None, dtype: WeightDtype) -> list[Tensor]:
     """Panels, scale and bias."""
     none = torch.empty(0, **_KIND)
-    panels, scale, _ = pack(weight, dtype)
+    panels, scale, *_ = pack(weight, dtype)
     return [panels, none if scale is None else scale, none if bias is None else bias]
 
 

@@ -1,14 +1,19 @@
 """The compiled kernels: where they are, what they refuse, and what is said without them."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from cases import FUSED, GATES
 from torch.autograd import forward_ad
 
+import minrnn
 from minrnn import info, ops
+from minrnn.ops import native
 
 OPS = torch.ops.minrnn
 
@@ -32,6 +37,39 @@ def test_without_the_library_pure_torch_runs_and_says_so_once() -> None:
     assert done.stderr.count("UserWarning: minrnn runs on pure torch") == 1
 
 
+def test_library_that_does_not_load_is_said_once_and_pure_torch_runs(tmp_path: Path) -> None:
+    package = Path(minrnn.__file__).parent
+    shutil.copytree(package, tmp_path / "minrnn", ignore=shutil.ignore_patterns("_native.*"))
+    broken = tmp_path / "minrnn" / "ops" / "_native.so"
+    broken.write_bytes(b"built for another machine")
+    script = (
+        "import torch, minrnn\n"
+        "x = torch.zeros(1, 2, 3)\n"
+        "for _ in range(3): minrnn.mingru(x, x)\n"
+        "print(*minrnn.ops.native.reason.split()[:2])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+    )
+    assert done.stdout == f"{broken} does\n"
+    assert done.stderr.count("minrnn runs on pure torch") == 1
+    assert f"UserWarning: minrnn runs on pure torch: {broken} does not load: " in done.stderr
+
+
+def test_what_lies_beside_the_library_is_not_loaded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(native, "reason", "set by the test")
+    for name in ("_native.pdb", "_native.lib", "_native.so.old"):
+        (tmp_path / name).write_bytes(b"")
+    native.load(tmp_path)
+    assert native.reason is not None
+    assert native.reason.startswith("its CPU kernels were not built (they need torch and a C++17")
+
+
 def test_direct_calls_cannot_reach_foreign_memory() -> None:
     x = torch.zeros(1, 4, 3)
     with pytest.raises(RuntimeError, match="gates must have equal shapes"):
@@ -46,7 +84,7 @@ def test_direct_calls_cannot_reach_foreign_memory() -> None:
         OPS.scan(x, x, None, torch.zeros(1, 3, dtype=torch.bool), None, False)
     with pytest.raises(RuntimeError, match="`candidate` must be one of"):
         OPS.mingru(x, x, None, "relu", None, None, False)
-    with pytest.raises(RuntimeError, match="`h0` must have shape"):
+    with pytest.raises(RuntimeError, match="`dh_T` must have shape"):
         OPS.scan_backward(x, x[:, 0, :2], x, None, x, None, None, False)
 
 

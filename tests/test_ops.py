@@ -173,6 +173,20 @@ def test_normalized_gates_survive_where_both_underflow(backend, dtype):
 
 
 # trap 8
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("dtype", [float32, float64, bfloat16, float16], ids=str)
+def test_every_finite_pair_of_gates_has_its_gradients(backend, dtype, normalized):
+    # from -7e8 on, float32 has no digits left for a shift by 40
+    ends = [-3e38, -1e30, -1e9, -7e8, -1e5, -100.0, -41.0, -40.0, -19.0, -17.0, 0.0, 50.0, 3e38]
+    # float16 ends at 65504
+    ends = torch.tensor(ends).double().clamp(-6e4 if dtype == float16 else -4e38, 6e4).to(dtype)
+    f, i = (x.reshape(1, 1, -1) for x in torch.meshgrid(ends, ends, indexing="ij"))
+    inputs = _inputs("minlstm", dtype=dtype, B=1, T=1, D=f.shape[2], normalized=normalized)
+    inputs = inputs._replace(gates={"f": f, "i": i, "v": inputs.gates["v"]})
+    assert_close(run(backend.ops.minlstm, inputs), expected("minlstm", inputs))
+
+
+# trap 8
 def test_unnormalized_gates_integrate(backend):
     f = i = torch.full((1, 5, 1), 100.0)
     v = torch.ones(1, 5, 1)

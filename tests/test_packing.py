@@ -187,5 +187,19 @@ def test_wrong_arguments_are_named() -> None:
         packed(torch.tensor([1]))
     with pytest.raises(TypeError, match=r"`ids` must hold integers, got torch\.float32"):
         packed(torch.ones(1, 1))
-    with pytest.raises(RuntimeError, match=r"expected x \(M, K\) and weights packed"):
-        linear_rows(torch.ones(2, 4), pack(torch.ones(3, 3)))
+
+
+# 5 columns take as many packed groups of four bytes as 7 do
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_product_of_other_sizes_is_refused(dtype) -> None:
+    weight, x = pack(torch.randn(4, 7), dtype), torch.randn(2, 7)
+    for wrong in (torch.randn(1, 5), torch.randn(1, 8), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"`x` must have shape \(\.\.\., K\), K = 7, got"):
+            linear_rows(wrong, weight)
+    with pytest.raises(ValueError, match=r"`bias` must have shape \(N,\) = \(4,\), got \(1,\)"):
+        linear_rows(x, weight, torch.ones(1))
+    with pytest.raises(TypeError, match=r"`x` must be float32, got torch\.float64"):
+        linear_rows(x.double(), weight)
+    with pytest.raises(RuntimeError, match=r"`x` must have shape \(M, K\), K = 7"):
+        torch.ops.minrnn.linear_rows(x[:, :5], weight.panels, weight.scale, None, 4, 7)
+    assert linear_rows(x[:0], weight).shape == (0, 4)

@@ -103,6 +103,34 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("zoh", [False, True])
+def test_pure_torch_has_the_gradients_of_the_kernel(zoh: bool) -> None:
+    u, dt, dy = torch.rand(3, 2, 7, 3, dtype=torch.float64)
+    A, sides = -torch.rand(3, 4).double() - 0.1, torch.randn(2, 2, 7, 4, dtype=torch.float64)
+    h0, dh_T = torch.randn(2, 2, 12, dtype=torch.float64)
+    args = (dy, dh_T, u, dt, A, *sides, h0, zoh)
+    # where the dispatcher calls it, autograd records nothing
+    with torch._C._AutoDispatchBelowAutograd():
+        found = selective._backward(*args)
+    wanted = torch.ops.minrnn.selective_scan_backward(*args)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_states_that_grow_are_right(dtype: torch.dtype) -> None:
+    # exponents from -800 to 800: where they do not overflow, and where they do
+    u = torch.ones(1, 1, 33, dtype=dtype)
+    dt = torch.linspace(-200, 200, 33, dtype=dtype)[None, None]
+    A, one, h0 = (
+        torch.full((33, 1), 4.0, dtype=dtype),
+        torch.ones(1, 1, 1, dtype=dtype),
+        1 + 0 * u[0],
+    )
+    y, _ = torch.ops.minrnn.selective_scan(u, dt, A, one, one, h0, False)
+    torch.testing.assert_close(y, (4 * dt).exp() + dt, rtol=1e-4, atol=0)
+
+
 def test_any_strides_are_taken() -> None:
     inputs = _inputs((2, 9, 5, 3), torch.float64)
     wide = [torch.stack([x, x], dim=-1)[..., 0] for x in inputs]

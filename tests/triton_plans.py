@@ -162,3 +162,30 @@ def test_plan_is_picked_by_shape(monkeypatch, multiprocessors, dtype, shape, chu
 )
 def test_few_channels_take_few_threads(D: int, BLOCK: int) -> None:
     assert plan_of(4, 100, D, float32, False, Device(132, warp=32)).BLOCK == BLOCK
+
+
+# the host does not read the bounds of a GPU; clamped, they are (0, ..., T) or rise to it
+@pytest.mark.parametrize(
+    "lies", [(0, 99, 5, 5), (-7, 2, 4, 5), (0, 4, 2, 5), (5, 3, 0, 0), (0, 1, 1 << 40, 5)]
+)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", GATES)
+def test_no_bound_leads_beyond_the_row(backend, name: str, reverse: bool, lies) -> None:
+    inputs = make_inputs(name, Case(float32, 1, 5, 3, "bounds", cu_seqlens=(0, 1, 2, 5)))
+    gates, options = list(inputs.gates.values()), tuple(inputs.options.values())[1:-1]
+    results = []
+    for bounds in (torch.tensor(lies), torch.tensor(lies).clamp(0, 5)):
+        layout = (None, bounds.cummax(0).values if results else bounds, reverse)
+        # rooms of 40 rows around each result
+        rooms = torch.full((len(gates) + 1, 1, 85, 3), 7.0)
+        h, *grads = (room[:, 40:45] for room in rooms)
+        _, h_T = kernels._forward(name, gates, inputs.h0, options, layout, h)
+        saved = gates[:1] if name == "scan" else gates
+        back = (inputs.dh, inputs.dh_T, saved, inputs.h0, h, options, layout, grads)
+        *_, dh0 = kernels._backward(name, *back)
+        assert bool((rooms[:, :, :40] == 7).all() & (rooms[:, :, 45:] == 7).all())
+        results.append((rooms, h_T, dh0))
+    if lies != (0, 4, 2, 5):
+        # where sequences do not overlap, it is what the clamped bounds give
+        for found, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)

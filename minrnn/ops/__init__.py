@@ -42,7 +42,8 @@ def scan(
         h0: (B, D), floating, the state before the first step. None stands for zeros.
         reset: (B, T) bool. True at t lets step t start from zeros whatever was carried, `h0` too.
         cu_seqlens: (N + 1,) int32 or int64, the bounds 0 <= ... <= T of N sequences laid end to
-            end in a batch of one; `h0` and `h_T` then have a row for each, (N, D).
+            end in a batch of one; `h0` and `h_T` then have a row for each, (N, D). Their values
+            are checked on the CPU; on a GPU they are clamped to this, not read back.
         reverse: run from the last step to the first.
 
     Returns:
@@ -96,7 +97,8 @@ def mingru(
             "identity", its vanilla cell; or "tanh".
         reset: (B, T) bool. True at t lets step t start from zeros whatever was carried, `h0` too.
         cu_seqlens: (N + 1,) int32 or int64, the bounds 0 <= ... <= T of N sequences laid end to
-            end in a batch of one; `h0` and `h_T` then have a row for each, (N, D).
+            end in a batch of one; `h0` and `h_T` then have a row for each, (N, D). Their values
+            are checked on the CPU; on a GPU they are clamped to this, not read back.
         reverse: run from the last step to the first.
 
     Returns:

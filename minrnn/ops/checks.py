@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CANDIDATES = ("g", "identity", "tanh")
 
 
@@ -16,8 +16,8 @@ def check_gates(gates: dict[str, Tensor], candidate: str = "g") -> None:
     first_name, first = next(iter(gates.items()))
     for name, x in gates.items():
         check_tensor(name, x)
-        if x.dtype not in _DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        if x.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"`{name}` must have dtype {known}, got {x.dtype}")
         if x.dtype != first.dtype:
             raise TypeError(
@@ -105,6 +105,11 @@ def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> None:
     # the values are read only where that neither waits for a device nor breaks a traced graph
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    check_bounds(cu_seqlens, T)
+
+
+def check_bounds(cu_seqlens: Tensor, T: int) -> None:
+    """The values of `cu_seqlens` rise from 0 to T."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"`cu_seqlens` must rise from 0 to T = {T}, got {_short(bounds)}")

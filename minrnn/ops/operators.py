@@ -8,7 +8,6 @@ cut, joined or transposed by a copy. The arguments of all: gates (Tensor ...), h
 cu_seqlens, reverse.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.ops import gpu, torch_kernels, transforms
+from minrnn.ops import gpu, native, torch_kernels, transforms
+from minrnn.ops.direct import check_call
 
 _Kernel = Callable[..., tuple[Tensor, ...]]
 
@@ -98,8 +98,8 @@ def _define(op: _Operator) -> None:
         f" {options}) -> ({grads})",
         tags=(tag,),
     )
-    _library.impl(op.name, _contiguous(op.forward), "CompositeExplicitAutograd")
-    _library.impl(f"{op.name}_backward", _contiguous(op.backward), "CompositeExplicitAutograd")
+    for name, kernel in ((op.name, op.forward), (f"{op.name}_backward", op.backward)):
+        _library.impl(name, _pure_torch(name, kernel), "CompositeExplicitAutograd")
     _register_shapes(op)
     _register_gradient(op)
     register_second_gradient(f"{op.name}_backward", op.backward)
@@ -109,13 +109,14 @@ def _tensors(names: str) -> str:
     return ", ".join(f"Tensor {name}" for name in names.split())
 
 
-def _contiguous(kernel: _Kernel) -> _Kernel:
+def _pure_torch(name: str, kernel: _Kernel) -> _Kernel:
     """`kernel` with contiguous results, whatever the strides of its inputs: what the fake says."""
 
     def run(*args: Any) -> tuple[Tensor, ...]:
-        if args[0].device.type == "cpu":
-            # only reached where the compiled kernels are missing
-            warnings.warn("minrnn runs on pure torch: its CPU kernels were not built", stacklevel=1)
+        is_on_cpu = args[0].device.type == "cpu"
+        if is_on_cpu:
+            native.warn_of_pure_torch()
+        check_call(name, args, read_bounds=is_on_cpu)
         return tuple(x.contiguous() for x in kernel(*args))
 
     return run
@@ -124,18 +125,20 @@ def _contiguous(kernel: _Kernel) -> _Kernel:
 def _register_shapes(op: _Operator) -> None:
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         transforms.check_export()
-        gate, h0, cu_seqlens = args[0], args[op.num_gates], args[-2]
+        check_call(op.name, args, read_bounds=False)
+        gate, cu_seqlens = args[0], args[-2]
         D = gate.shape[2] // op.fused
         B = gate.shape[1 if op.fused > 1 and args[-4] else 0]
         rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
-        assert h0 is None or h0.shape[0] == rows
         return gate.new_empty(*gate.shape[:2], D), gate.new_empty(rows, D, dtype=state_dtype)
 
     def backward(dh: Tensor, dh_T: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        check_call(f"{op.name}_backward", (dh, dh_T, *args), read_bounds=False)
         gate, h0 = args[0], args[op.num_saved]
         grads = [gate.new_empty(gate.shape) for _ in range(op.num_gates)]
-        return *grads, torch.empty_like(dh_T, dtype=dh_T.dtype if h0 is None else h0.dtype)
+        state_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
+        return *grads, dh_T.new_empty(dh_T.shape, dtype=state_dtype if h0 is None else h0.dtype)
 
     torch.library.register_fake(f"minrnn::{op.name}", forward, lib=_library)
     torch.library.register_fake(f"minrnn::{op.name}_backward", backward, lib=_library)
@@ -208,6 +211,4 @@ NAMES = tuple(f"{op.name}{suffix}" for op in OPERATORS for suffix in ("", "_back
 if gpu.is_installed():
     gpu.register(_library, NAMES, "CUDA")
 
-# the compiled kernels, registered for the CPU by loading them
-for _path in Path(__file__).parent.glob("_native.*"):
-    torch.ops.load_library(_path)
+native.load(Path(__file__).parent)

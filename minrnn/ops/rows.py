@@ -3,6 +3,7 @@
 For linear maps pure torch serves every device, row by row; compiled kernels take over on the CPU.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -26,11 +27,13 @@ class Packed(NamedTuple):
             in int8; 0 beyond N and K.
         scale: (N,), what int8 weights are multiplied by; else None.
         num_outputs: N.
+        num_inputs: K.
     """
 
     panels: Tensor
     scale: Tensor | None
     num_outputs: int
+    num_inputs: int
 
 
 def pack(weight: Tensor, dtype: WeightDtype = "float32") -> Packed:
@@ -56,16 +59,16 @@ def pack(weight: Tensor, dtype: WeightDtype = "float32") -> Packed:
         raise TypeError(f"`weight` must be float32, got {weight.dtype}")
     if dtype not in ("float32", "bfloat16", "int8"):
         raise ValueError(f"`dtype` must be float32, bfloat16 or int8, got {dtype!r}")
-    N, scale = weight.shape[0], None
+    (N, K), scale = weight.shape, None
     weight = weight.detach()
     if dtype == "int8":
         scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         weight = (weight / scale[:, None]).round()
     steps = _BYTES if dtype == "int8" else 1
-    padded = F.pad(weight, (0, -weight.shape[1] % steps, 0, -N % _PANEL))
+    padded = F.pad(weight, (0, -K % steps, 0, -N % _PANEL))
     # (P, 32, K / steps, steps) to (P, K / steps, 32, steps)
     panels = padded.unflatten(1, (-1, steps)).unflatten(0, (-1, _PANEL)).transpose(1, 2)
-    return Packed(panels.to(getattr(torch, dtype)).contiguous(), scale, N)
+    return Packed(panels.to(getattr(torch, dtype)).contiguous(), scale, N, K)
 
 
 def linear_rows(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
@@ -84,6 +87,10 @@ def linear_rows(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor
     Returns:
         (..., N), float32.
 
+    Raises:
+        ValueError: `x` has another number of columns than W, or `bias` another size.
+        TypeError: `x` or `bias` is not float32.
+
     Example:
         >>> x, W = torch.randn(5, 3), torch.randn(40, 3)
         >>> y = linear_rows(x, pack(W))
@@ -92,9 +99,17 @@ def linear_rows(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor
         >>> torch.equal(linear_rows(x[2:3], pack(W)), y[2:3])
         True
     """
-    rows = x.reshape(-1, x.shape[-1])
-    y = torch.ops.minrnn.linear_rows(rows, weight.panels, weight.scale, bias, weight.num_outputs)
-    return y.view(*x.shape[:-1], weight.num_outputs)
+    N, K = weight.num_outputs, weight.num_inputs
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"`x` must have shape (..., K), K = {K}, got {tuple(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"`bias` must have shape (N,) = ({N},), got {tuple(bias.shape)}")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise TypeError(f"`{name}` must be float32, got {tensor.dtype}")
+    rows = x.reshape(math.prod(x.shape[:-1]), K)
+    y = torch.ops.minrnn.linear_rows(rows, weight.panels, weight.scale, bias, N, K)
+    return y.view(*x.shape[:-1], N)
 
 
 def can_run_model(device: torch.device) -> bool:
@@ -136,10 +151,16 @@ def run_model(
 
 
 def _row_by_row(
-    x: Tensor, panels: Tensor, scale: Tensor | None, bias: Tensor | None, num_outputs: int
+    x: Tensor,
+    panels: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    num_outputs: int,
+    num_inputs: int,
 ) -> Tensor:
+    _check_call(x, panels, scale, bias, num_outputs, num_inputs)
     # (P, K / steps, 32, steps) to (N, K)
-    weight = panels.transpose(1, 2).flatten(2).flatten(0, 1)[:num_outputs, : x.shape[1]].to(x.dtype)
+    weight = panels.transpose(1, 2).flatten(2).flatten(0, 1)[:num_outputs, :num_inputs].to(x.dtype)
     if scale is not None:
         weight = weight * scale[:, None]
     y = torch.empty(len(x), num_outputs, dtype=x.dtype, device=x.device)
@@ -148,8 +169,32 @@ def _row_by_row(
     return y
 
 
+def _check_call(
+    x: Tensor, panels: Tensor, scale: Tensor | None, bias: Tensor | None, N: int, K: int
+) -> None:
+    """What the compiled kernel checks of a direct call."""
+    steps = _BYTES if panels.dtype == torch.int8 else 1
+    floats = [x, *(vector for vector in (scale, bias) if vector is not None)]
+    if panels.dtype not in (torch.float32, torch.bfloat16, torch.int8) or any(
+        tensor.dtype != torch.float32 for tensor in floats
+    ):
+        raise TypeError("`x`, `scale` and `bias` must be float32, weights also bfloat16 or int8")
+    wanted = (-(-N // _PANEL), -(-K // steps), _PANEL, steps)
+    if N < 1 or x.dim() != 2 or x.shape[1] != K or tuple(panels.shape) != wanted:
+        raise ValueError(
+            f"`x` must have shape (M, {K}) and `panels` {wanted}, "
+            f"got {tuple(x.shape)}, {tuple(panels.shape)}"
+        )
+    if (scale is None) == (panels.dtype == torch.int8):
+        raise ValueError("int8 weights need a `scale`, and others have none")
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is not None and tuple(vector.shape) != (N,):
+            raise ValueError(f"`{name}` must have shape (N,) = ({N},), got {tuple(vector.shape)}")
+
+
 _library.define(
-    "linear_rows(Tensor x, Tensor panels, Tensor? scale, Tensor? bias, int num_outputs) -> Tensor",
+    "linear_rows(Tensor x, Tensor panels, Tensor? scale, Tensor? bias, int num_outputs,"
+    " int num_inputs) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("linear_rows", _row_by_row, "CompositeExplicitAutograd")
@@ -161,6 +206,12 @@ _library.define(
 
 @torch.library.register_fake("minrnn::linear_rows", lib=_library)
 def _shape(
-    x: Tensor, panels: Tensor, scale: Tensor | None, bias: Tensor | None, num_outputs: int
+    x: Tensor,
+    panels: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    num_outputs: int,
+    num_inputs: int,
 ) -> Tensor:
+    _check_call(x, panels, scale, bias, num_outputs, num_inputs)
     return x.new_empty(x.shape[0], num_outputs)

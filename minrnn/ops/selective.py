@@ -79,17 +79,28 @@ def _check(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) -
             )
 
 
+def _check_gradient(dy: Tensor, dh_T: Tensor, u: Tensor, *others: Tensor) -> None:
+    _check(u, *others)
+    for name, x, like in (("dy", dy, u), ("dh_T", dh_T, others[-1])):
+        if x.shape != like.shape or x.dtype != u.dtype:
+            raise ValueError(
+                f"`{name}` must have shape {tuple(like.shape)} and dtype {u.dtype}, got "
+                f"{tuple(x.shape)}, {x.dtype}"
+            )
+
+
 def _forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, zoh: bool
 ) -> tuple[Tensor, Tensor]:
     # results are allocated first and written to: small blocks that stay, allocated between large
     # ones that go, would leave the allocator with holes too small for the next large one
-    y, h = torch.empty_like(u), h0
+    _check(u, dt, A, B, C, h0)
+    y, h = torch.empty_like(u, memory_format=torch.contiguous_format), h0
     length = _piece_length(h0)
     for cut, y_piece in zip(_cut((u, dt, B, C), length), y.split(length, dim=1), strict=True):
         found, h = _piece(cut, A, h, zoh)
         y_piece.copy_(found)
-    return y, h.clone() if h is h0 else h
+    return y, h.clone(memory_format=torch.contiguous_format) if h is h0 else h
 
 
 def _backward(
@@ -103,25 +114,27 @@ def _backward(
     h0: Tensor,
     zoh: bool,
 ) -> tuple[Tensor, ...]:
+    _check_gradient(dy, dh_T, u, dt, A, B, C, h0)
     steps, dh = (u, dt, B, C), dh_T
     if torch.is_grad_enabled():
         # for second derivatives, all steps are one piece with a graph
-        du, ddt, dB, dC, dA, dh = _gradients((*steps, A, h0), dy, dh, zoh, create_graph=True)
+        du, ddt, dB, dC, dA, dh = _gradients(steps, A, h0, dy, dh, zoh)
         return du, ddt, dA, dB, dC, dh
     length = _piece_length(h0)
     cuts, states = list(_cut(steps, length)), [h0]
     for cut in cuts[:-1]:
         states.append(_piece(cut, A, states[-1], zoh)[1])
-    grads, dA = [torch.empty_like(x) for x in steps], torch.zeros_like(A)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in steps]
+    dA = A.new_zeros(A.shape)
     rows = zip(cuts, _cut((*grads, dy), length), states, strict=True)
     for cut, (*to, dy_piece), state in reversed(list(rows)):
-        leaves = [x.detach().requires_grad_() for x in (*cut, A, state)]
-        *found, dA_piece, dh = _gradients(leaves, dy_piece, dh, zoh)
+        *found, dA_piece, dh = _gradients(cut, A, state, dy_piece, dh, zoh)
         for piece, grad in zip(to, found, strict=True):
             piece.copy_(grad)
         dA += dA_piece
     du, ddt, dB, dC = grads
-    return du, ddt, dA, dB, dC, dh.clone() if dh is dh_T else dh
+    dh = dh.clone(memory_format=torch.contiguous_format) if dh is dh_T else dh
+    return du, ddt, dA, dB, dC, dh
 
 
 def _piece(steps: Sequence[Tensor], A: Tensor, h: Tensor, zoh: bool) -> tuple[Tensor, Tensor]:
@@ -137,16 +150,33 @@ def _piece(steps: Sequence[Tensor], A: Tensor, h: Tensor, zoh: bool) -> tuple[Te
 
 
 def _gradients(
-    inputs: Sequence[Tensor], dy: Tensor, dh: Tensor, zoh: bool, create_graph: bool = False
+    steps: Sequence[Tensor], A: Tensor, h0: Tensor, dy: Tensor, dh_T: Tensor, zoh: bool
 ) -> tuple[Tensor, ...]:
-    """Of u, dt, B, C, A and the first state of a piece."""
-    with torch.enable_grad():
-        views = [x.view_as(x) if x.requires_grad else x.detach() for x in inputs]
-        leaves = [x if x.requires_grad else x.requires_grad_() for x in views]
-        outputs = _piece(leaves[:4], leaves[4], leaves[5], zoh)
-        return torch.autograd.grad(
-            outputs, leaves, (dy, dh), create_graph=create_graph, materialize_grads=True
-        )
+    """Of u, dt, B, C, A and the first state of a piece.
+
+    Written out: below the dispatcher nothing is recorded that autograd could go back through.
+    """
+    u, dt, B, C = steps
+    # (B, T, D, N)
+    exponent = dt[..., None] * A
+    decay = exponent.exp()
+    size = torch.expm1(exponent) / A if zoh else dt[..., None]
+    added = u[..., None] * B[:, :, None]
+    a, options = decay.flatten(2), (None, None, False)
+    h, _ = torch.ops.minrnn.scan(a, (size * added).flatten(2), h0, *options)
+    dh = (dy[..., None] * C[:, :, None]).flatten(2)
+    found = torch.ops.minrnn.scan_backward(dh, dh_T, a, h0, h, *options)
+    da, db, h = (x.unflatten(2, A.shape) for x in (*found[:2], h))
+    by_exponent, by_size, by_added = da * decay, db * added, db * size
+    dA = (by_exponent * dt[..., None]).sum((0, 1))
+    if zoh:
+        # size = expm1(x) / A: by x it is exp(x) / A, by A itself -size / A
+        by_exponent = by_exponent + by_size * decay / A
+        dA = (by_exponent * dt[..., None] - by_size * size / A).sum((0, 1))
+    ddt = (by_exponent * A).sum(3) if zoh else (by_exponent * A + by_size).sum(3)
+    du, dB = (by_added * B[:, :, None]).sum(3), (by_added * u[..., None]).sum(2)
+    dC = (dy[..., None] * h).sum(2)
+    return du, ddt, dB, dC, dA, found[2]
 
 
 def _piece_length(h: Tensor) -> int:
@@ -168,11 +198,14 @@ def _define() -> None:
     _library.impl("selective_scan", _forward, "CompositeExplicitAutograd")
     _library.impl("selective_scan_backward", _backward, "CompositeExplicitAutograd")
 
-    def shapes(u: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(u), torch.empty_like(others[4])
+    def shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
+        _check(*inputs[:6])
+        u, h0 = inputs[0], inputs[5]
+        return u.new_empty(u.shape), h0.new_empty(h0.shape)
 
     def gradient_shapes(dy: Tensor, dh_T: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in inputs[:6])
+        _check_gradient(dy, dh_T, *inputs[:6])
+        return tuple(x.new_empty(x.shape) for x in inputs[:6])
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.zoh = inputs

@@ -52,8 +52,9 @@ def scan_backward(
 
     A scan that runs the other way: its decay is that of the step after, its first state dh_T.
     """
-    dtype, dtype_h0 = a.dtype, dh_T.dtype if h0 is None else h0.dtype
+    dtype = a.dtype
     dh, a, h = widen(dh), widen(a), widen(h)
+    dh_T, dtype_h0 = dh_T.to(h.dtype), h.dtype if h0 is None else h0.dtype
     before_first = dh_T.new_zeros(dh_T.shape) if h0 is None else h0.to(h.dtype)
     before = _shift(h, before_first, cu_seqlens, reverse)
     later = None
@@ -197,6 +198,8 @@ def _owners(T: int, cu_seqlens: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """Whose step t is, (T,), and whether it is the first one processed there, (T,) bool."""
     steps = torch.arange(T, device=cu_seqlens.device)
     owner = torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True)
+    # bounds that end before T leave steps to nobody: no index may lie beyond the last
+    owner = owner.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
     return owner, steps == (cu_seqlens[owner + 1] - 1 if reverse else cu_seqlens[owner])
 
 
@@ -223,7 +226,7 @@ def _last_of_each(h: Tensor, h0: Tensor | None, cu_seqlens: Tensor, reverse: boo
     empty = h.new_zeros(start.shape[0], h.shape[2]) if h0 is None else h0
     if h.shape[1] == 0:
         return empty.clone()
-    last = start.clamp(max=h.shape[1] - 1) if reverse else (stop - 1).clamp(min=0)
+    last = (start if reverse else stop - 1).clamp(min=0, max=h.shape[1] - 1)
     return torch.where((start == stop)[:, None], empty, h[0, last])
 
 
@@ -256,7 +259,7 @@ def _through_first_step(
         dh0 = a[:, first] * g_first
         return dh0 if reset is None else torch.where(reset[:, first, None], 0.0, dh0)
     start, stop = cu_seqlens[:-1], cu_seqlens[1:]
-    first = (stop - 1).clamp(min=0) if reverse else start.clamp(max=T - 1)
+    first = (stop - 1 if reverse else start).clamp(min=0, max=T - 1)
     dh0 = a[0, first] * g_first
     if reset is not None:
         dh0 = torch.where(reset[0, first, None], 0.0, dh0)

@@ -45,7 +45,7 @@ MINRNN_INLINE void rows(const C* a, C* b, int64_t b_step, int64_t num, int64_t w
     for (int64_t c = 0; !back && starts && c < width; ++c) s[c] = C(0);
     const C* __restrict a_t = a + t * width;
     C* __restrict b_t = b + t * b_step;
-#pragma GCC ivdep
+MINRNN_IVDEP
     for (int64_t c = 0; c < width; ++c) {
       const C value = carry ? b_t[c] + s[c] : a_t[c] * s[c] + b_t[c];
       b_t[c] = value;
@@ -58,7 +58,7 @@ MINRNN_INLINE void rows(const C* a, C* b, int64_t b_step, int64_t num, int64_t w
 // The same with s in a register: through memory, a short row would wait for its own last store.
 template <bool back, bool carry, int width, class C>
 MINRNN_INLINE void rows_in_register(const C* a, C* b, int64_t b_step, int64_t num, C* s_) {
-  typedef C Row __attribute__((vector_size(width * sizeof(C))));
+  using Row = typename LanesOf<C, width>::type;
   Row s, x, y;
   std::memcpy(&s, s_, sizeof(Row));
   for (int64_t n = 0; n < num; ++n) {
@@ -127,7 +127,7 @@ struct Chain {
       const C *const a1 = a0 + other, *const a2 = a1 + other, *const a3 = a2 + other;
       const C *const b1 = b0 + other, *const b2 = b1 + other, *const b3 = b2 + other;
       C p[block], q[block];
-#pragma GCC unroll 1
+MINRNN_NO_UNROLL
       for (int64_t l = 0; l < block; ++l) {
         p[l] = a0[l] * a1[l];
         q[l] = a0[l] * b1[l] + b0[l];

@@ -68,6 +68,7 @@ enum class Candidate { g, identity, tanh };
 // The candidate at v, top / bottom, and its slope. At v = 0, g has the slope of its right side.
 template <Candidate candidate, class C>
 struct Activation {
+  static constexpr bool divides = candidate == Candidate::g;  // else bottom is 1
   C top, bottom;
 
   MINRNN_INLINE explicit Activation(C v) {
@@ -111,6 +112,14 @@ struct Scan {
   }
 };
 
+// keep / (keep + lose) from the smaller of the two shares. The division behind a share is off by some
+// units of its last place; in a decay near 1 that would be raised to the power of the number of
+// steps, and a shut gate would leak. 1 - small has the rounding of small only: 1 where small is 0.
+template <class C>
+MINRNN_INLINE C share(bool keeps_most, C small) {
+  return keeps_most ? C(1) - small : small;
+}
+
 // Quotients share one division: 1 / (x y) times y is 1 / x.
 template <Candidate candidate>
 struct MinGRU {
@@ -122,8 +131,9 @@ struct MinGRU {
     const Sigmoid<C> z(x[0]);
     const Activation<candidate, C> value(x[1]);
     const C scale = C(1) / (z.sum * value.bottom);
-    a = z.shut * value.bottom * scale;
-    b = z.open * value.top * scale;
+    const C small = z.small * value.bottom * scale;
+    a = share(x[0] < C(0), small);
+    b = value.divides ? z.open * value.top * scale : share(C(0) <= x[0], small) * value.top;
   }
 
   template <class C>
@@ -132,8 +142,9 @@ struct MinGRU {
     const Activation<candidate, C> v(x[1]);
     const C scale = C(1) / (k.sum * v.bottom);
     const C inverse = k.sum * scale, value = v.top * inverse;
-    const C z = k.open * v.bottom * scale;
-    a = k.shut * v.bottom * scale;
+    const C small = k.small * v.bottom * scale;
+    const C z = share(C(0) <= x[0], small);
+    a = share(x[0] < C(0), small);
     dx[0] = (value - p) * z * a;
     dx[1] = z * v.slope(x[1], value, inverse);
   }
@@ -144,26 +155,37 @@ struct MinLSTM {
   static constexpr int num_gates = 3;
   static constexpr bool has_activations = true;
 
-  // What both directions need of the gates: a = keep / sum, i' (or i) = take / sum.
+  // What both directions need of the gates: a = keep / sum, i' (or i) = take / sum. `less` is the
+  // smaller of keep and sum - keep.
   template <class C>
   struct Gates {
     Sigmoid<C> f, i;
-    C keep, take, sum;
+    C keep, take, sum, less;
+    bool keeps_most;
 
-    MINRNN_INLINE Gates(C f_, C i_, C lift) : f(f_ + lift), i(i_ + lift) {
+    MINRNN_INLINE Gates(C f_, C i_) : f(f_), i(i_) {
       keep = f.open * i.sum;
       take = i.open * f.sum;
       sum = normalized ? keep + take : f.sum * i.sum;
+      keeps_most = normalized ? take < keep : C(0) < f_;
+      less = !normalized ? f.small * i.sum : take < keep ? take : keep;
     }
+
+    // a, from 1 / sum.
+    MINRNN_INLINE C decay(C part) const { return share(keeps_most, less * part); }
   };
 
-  // Normalised gates depend on sigmoid(f) / sigmoid(i) only, and far below 0 that is exp(f - i).
-  // Both are lifted there, so that no finite pair underflows to 0/0.
+  // Normalised gates depend on sigmoid(f) / sigmoid(i) only, and far below 0 that is exp(f - i), while
+  // sigmoid(-f) and sigmoid(-i) are 1. Both are raised there by the same, so that no finite pair
+  // underflows to 0/0. The larger is subtracted first: it would swallow `far`.
   template <class C>
   static MINRNN_INLINE Gates<C> gates(const C* x) {
-    if (!normalized) return Gates<C>(x[0], x[1], C(0));
+    if (!normalized) return Gates<C>(x[0], x[1]);
+    // 1 + exp(far) rounds to 1
+    constexpr C far = sizeof(C) == 4 ? C(-18) : C(-40);
     const C larger = x[0] < x[1] ? x[1] : x[0];
-    return Gates<C>(x[0], x[1], larger < C(-40) ? C(-40) - larger : C(0));
+    const bool raise = larger < far;
+    return Gates<C>(raise ? (x[0] - larger) + far : x[0], raise ? (x[1] - larger) + far : x[1]);
   }
 
   template <class C>
@@ -171,7 +193,7 @@ struct MinLSTM {
     const Gates<C> gate = gates(x);
     const Activation<candidate, C> value(x[2]);
     const C scale = C(1) / (gate.sum * value.bottom);
-    a = gate.keep * value.bottom * scale;
+    a = gate.decay(value.bottom * scale);
     b = gate.take * value.top * scale;
   }
 
@@ -184,7 +206,7 @@ struct MinLSTM {
     const C shut_f = gate.f.shut * gate.i.sum * rest * scale;
     const C shut_i = gate.i.shut * gate.f.sum * rest * scale;
     const C inverse = sums * gate.sum * scale, value = v.top * inverse;
-    a = gate.keep * v.bottom * sums * scale;
+    a = gate.decay(v.bottom * sums * scale);
     const C take = gate.take * v.bottom * sums * scale;
     if constexpr (normalized) {
       const C dd = (value - p) * a * take;

@@ -59,7 +59,7 @@ MINRNN_INLINE void forward_rows(const Stretch<S>& q, S* h, int64_t h_step,
     const S* __restrict a = q.x[0] + t * q.x_step[0];
     const S* __restrict b = q.x[1] + t * q.x_step[1];
     S* __restrict h_t = h + t * h_step;
-#pragma GCC ivdep
+MINRNN_IVDEP
     for (int64_t c = 0; c < q.width; ++c) {
       const C next = load(a[c]) * state[c] + load(b[c]);
       state[c] = next;
@@ -91,7 +91,7 @@ MINRNN_INLINE void forward(const Stretch<S>& q, S* h, int64_t h_step,
         const S* __restrict x2 = Op::num_gates > 2 ? q.x[2] + (first + t) * q.x_step[2] + j0 : x1;
         C* __restrict a = chain.a + t * width + j0;
         C* __restrict b = chain.b + t * chain.b_step + j0;
-#pragma GCC ivdep
+MINRNN_IVDEP
         for (int64_t j = 0; j < count; ++j) {
           const C x[3] = {load(x0[j]), load(x1[j]), Op::num_gates > 2 ? load(x2[j]) : C(0)};
           Op::coefficients(x, a[j], b[j]);
@@ -102,7 +102,7 @@ MINRNN_INLINE void forward(const Stretch<S>& q, S* h, int64_t h_step,
     pieces.for_each([&](int64_t t, int64_t j0, int64_t count) MINRNN_LAMBDA {
       S* __restrict h_t = h + (first + t) * h_step + j0;
       const C* __restrict b = chain.b + t * width + j0;
-#pragma GCC ivdep
+MINRNN_IVDEP
       for (int64_t j = 0; j < count; ++j) store(h_t[j], b[j]);
     });
   }
@@ -174,7 +174,7 @@ MINRNN_INLINE void backward(const Stretch<S>& q, const Gradients<S>& to,
         C* __restrict d0 = derivative(0, t) + j0;
         C* __restrict d1 = derivative(1, t) + j0;
         C* __restrict d2 = Op::num_gates > 2 ? derivative(2, t) + j0 : d1;
-#pragma GCC ivdep
+MINRNN_IVDEP
         for (int64_t j = 0; j < count; ++j) {
           const C x[3] = {load(x0[j]), load(x1[j]), Op::num_gates > 2 ? load(x2[j]) : C(0)};
           C d[3];
@@ -191,7 +191,7 @@ MINRNN_INLINE void backward(const Stretch<S>& q, const Gradients<S>& to,
       for (int gate = 0; gate < Op::num_gates; ++gate) {
         S* dx = to.dx[gate] + (first + t) * to.dx_step[gate] + j0;
         const C* d = derivative(gate, t) + j0;
-#pragma GCC ivdep
+MINRNN_IVDEP
         for (int64_t j = 0; j < count; ++j) store(dx[j], g[j] * d[j]);
       }
     });

@@ -2,26 +2,18 @@
 // versions of torch and Python. Shapes and dtypes were checked in minrnn/ops/checks.py; here only
 // what a direct call of torch.ops could use to reach memory that is not ours.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "entries.h"
 #include "threads.h"
 
 namespace minrnn {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 Candidate candidate_named(const std::string& name) {
   if (name == "identity") return Candidate::identity;
@@ -51,12 +43,21 @@ Tensor dense(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
+void check_gate(const Tensor& x) {
+  check_readable("gates", x);
+  STD_TORCH_CHECK(x.dim() == 3, "gates must have shape (B, T, D)");
+}
+
 // Sequences of a call: rows of the batch, or pieces of its one row, with the direction applied.
 class Layout {
  public:
   Layout(const Tensor& gate, const MaybeTensor& reset, const MaybeTensor& cu_seqlens, bool reverse)
-      : reverse_(reverse), B_(gate.size(0)), T_(gate.size(1)) {
+      : reverse_(reverse) {
+    check_gate(gate);
+    B_ = gate.size(0);
+    T_ = gate.size(1);
     if (reset) {
+      check_readable("reset", *reset);
       STD_TORCH_CHECK(reset->dim() == 2 && reset->size(0) == B_ && reset->size(1) == T_ &&
                           reset->scalar_type() == ScalarType::Bool,
                       "`reset` must have shape (B, T) and dtype bool");
@@ -65,7 +66,12 @@ class Layout {
       reset_step_ = reset->stride(1);
     }
     if (!cu_seqlens) return;
-    STD_TORCH_CHECK(B_ == 1 && cu_seqlens->dim() == 1, "`cu_seqlens` needs a batch of one row");
+    check_readable("cu_seqlens", *cu_seqlens);
+    const ScalarType index = cu_seqlens->scalar_type();
+    STD_TORCH_CHECK(cu_seqlens->dim() == 1 &&
+                        (index == ScalarType::Int || index == ScalarType::Long),
+                    "`cu_seqlens` must have shape (N + 1,) and dtype int32 or int64");
+    STD_TORCH_CHECK(B_ == 1, "`cu_seqlens` needs a batch of one row");
     const Tensor wide = torch::stable::contiguous(torch::stable::to(*cu_seqlens, ScalarType::Long));
     const int64_t* bounds = wide.const_data_ptr<int64_t>();
     bounds_.assign(bounds, bounds + wide.numel());
@@ -117,17 +123,23 @@ ScalarType state_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// h0 (rows, D) as the kernels read it.
-MaybeTensor as_state(const MaybeTensor& h0, ScalarType dtype, int64_t rows, int64_t D) {
-  if (!h0) return std::nullopt;
-  STD_TORCH_CHECK(h0->dim() == 2 && h0->size(0) == rows && h0->size(1) == D,
-                  "`h0` must have shape (", rows, ", ", D, ")");
-  return torch::stable::contiguous(torch::stable::to(*h0, state_type(dtype)));
+// A state (rows, D), h0 or dh_T, as the kernels read it.
+Tensor as_state(const char* name, const Tensor& x, ScalarType dtype, int64_t rows, int64_t D) {
+  check_readable(name, x);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == D, "`", name,
+                  "` must have shape (", rows, ", ", D, ")");
+  STD_TORCH_CHECK(is_floating(x.scalar_type()), "`", name, "` must have a floating dtype");
+  return torch::stable::contiguous(torch::stable::to(x, state_type(dtype)));
+}
+
+MaybeTensor as_state(const char* name, const MaybeTensor& x, ScalarType dtype, int64_t rows,
+                     int64_t D) {
+  return x ? MaybeTensor(as_state(name, *x, dtype, rows, D)) : x;
 }
 
 std::vector<Tensor> checked(std::vector<Tensor> gates) {
   for (Tensor& x : gates) {
-    STD_TORCH_CHECK(x.dim() == 3, "gates must have shape (B, T, D)");
+    check_gate(x);
     for (int axis = 0; axis < 3; ++axis)
       STD_TORCH_CHECK(x.size(axis) == gates[0].size(axis), "gates must have equal shapes");
     STD_TORCH_CHECK(x.scalar_type() == gates[0].scalar_type(), "gates must have equal dtypes");
@@ -142,7 +154,7 @@ Tensor run_forward(Formula formula, std::vector<Tensor> gates, const Tensor& h,
   gates = checked(std::move(gates));
   const ScalarType dtype = gates[0].scalar_type();
   const int64_t D = gates[0].size(2), rows = layout.num_sequences();
-  const MaybeTensor before = as_state(h0, dtype, rows, D);
+  const MaybeTensor before = as_state("h0", h0, dtype, rows, D);
   Tensor h_T = before ? torch::stable::clone(*before)
                       : torch::stable::new_zeros(gates[0], {rows, D}, state_type(dtype));
   const auto length = [&](int64_t n) { return layout.length(n); };
@@ -163,6 +175,7 @@ Tensor run_forward(Formula formula, std::vector<Tensor> gates, const Tensor& h,
 
 // The gates that lie side by side in one tensor (B, T, num * D): views of it.
 std::vector<Tensor> split(const Tensor& fused, int64_t num) {
+  check_readable("gates", fused);
   STD_TORCH_CHECK(fused.dim() == 3 && fused.size(2) % num == 0,
                   "gates must have shape (B, T, ", num, " * D)");
   const int64_t D = fused.size(2) / num;
@@ -184,8 +197,8 @@ Tensor run_backward(Formula formula, const Tensor& dh, const Tensor& dh_T,
   gates.resize(gates.size() - 2);
   const ScalarType dtype = h.scalar_type();
   const int64_t D = h.size(2), rows = layout.num_sequences();
-  const MaybeTensor before = as_state(h0, dtype, rows, D);
-  Tensor carry = torch::stable::clone(*as_state(dh_T, dtype, rows, D));
+  const MaybeTensor before = as_state("h0", h0, dtype, rows, D);
+  Tensor carry = torch::stable::clone(as_state("dh_T", dh_T, dtype, rows, D));
   // the gradient of scan does not read b
   if (gates.size() == 1) gates.push_back(gates[0]);
   const auto length = [&](int64_t n) { return layout.length(n); };
@@ -225,7 +238,7 @@ Tensor new_like(const Tensor& x) {
 // Gates that are tensors of their own: h and h_T.
 std::tuple<Tensor, Tensor> forward_apart(Formula formula, std::vector<Tensor> gates,
                                          const MaybeTensor& h0, const Layout& layout) {
-  STD_TORCH_CHECK(gates[0].dim() == 3, "gates must have shape (B, T, D)");
+  // Layout has read the first
   const Tensor h = new_like(gates[0]);
   return {h, run_forward(formula, std::move(gates), h, h0, layout)};
 }
@@ -234,6 +247,7 @@ std::tuple<Tensor, Tensor> forward_apart(Formula formula, std::vector<Tensor> ga
 std::vector<Tensor> backward_apart(Formula formula, const Tensor& dh, const Tensor& dh_T,
                                    std::vector<Tensor> gates, int num_grads,
                                    const MaybeTensor& h0, const Tensor& h, const Layout& layout) {
+  check_gate(h);
   std::vector<Tensor> grads;
   for (int gate = 0; gate < num_grads; ++gate) grads.push_back(new_like(h));
   const Tensor dh0 = run_backward(formula, dh, dh_T, std::move(gates), grads, h0, h, layout);
@@ -243,6 +257,7 @@ std::vector<Tensor> backward_apart(Formula formula, const Tensor& dh, const Tens
 
 // (B, T, ...) of what is (T, B, ...) if `time_first`: a view.
 Tensor batch_first(const Tensor& x, bool time_first) {
+  check_readable("an input", x);
   STD_TORCH_CHECK(x.dim() >= 2, "expected an axis for time and one for the batch");
   return time_first ? torch::stable::transpose(x, 0, 1) : x;
 }

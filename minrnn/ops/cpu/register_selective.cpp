@@ -1,23 +1,12 @@
-// Binds selective.h to torch's dispatcher for the CPU. What calls it is minrnn/ops/selective.py,
-// which brings contiguous tensors of one dtype.
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
+// Binds selective.h to torch's dispatcher for the CPU. What calls it is minrnn/ops/selective.py.
 
 #include <algorithm>
 #include <tuple>
 
+#include "checks.h"
 #include "selective.h"
 
 namespace minrnn {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-}  // namespace
 
 #define MINRNN_SELECTIVE(S)                                                                    \
   MULTI_ISA void selective_run(const Selective<S>& in, int64_t row, int64_t first,             \
@@ -42,6 +31,7 @@ namespace {
 
 void check_shapes(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& b,
                   const Tensor& c, const Tensor& h0) {
+  for (const Tensor& x : {u, dt, A, b, c, h0}) check_readable("inputs", x);
   STD_TORCH_CHECK(u.dim() == 3 && b.dim() == 3 && A.dim() == 2, "u, b need 3 dimensions, A 2");
   const int64_t B = u.size(0), T = u.size(1), D = u.size(2), N = A.size(1);
   const bool right = dt.dim() == 3 && dt.size(0) == B && dt.size(1) == T && dt.size(2) == D &&
@@ -50,10 +40,13 @@ void check_shapes(const Tensor& u, const Tensor& dt, const Tensor& A, const Tens
                      h0.dim() == 2 && h0.size(0) == B && h0.size(1) == D * N;
   STD_TORCH_CHECK(right, "expected u, dt (B, T, D), A (D, N), B, C (B, T, N), h0 (B, D * N)");
   for (const Tensor& x : {u, dt, A, b, c, h0})
-    STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == u.scalar_type(),
-                    "expected contiguous tensors of one dtype");
+    STD_TORCH_CHECK(x.scalar_type() == u.scalar_type(), "expected tensors of one dtype");
   STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float || u.scalar_type() == ScalarType::Double,
                   "dtype must be float32 or float64");
+}
+
+void make_contiguous(std::initializer_list<Tensor*> tensors) {
+  for (Tensor* x : tensors) *x = torch::stable::contiguous(*x);
 }
 
 template <class S>
@@ -71,9 +64,12 @@ void with_float(const Tensor& x, F f) {
 std::tuple<Tensor, Tensor> selective_scan(Tensor u, Tensor dt, Tensor A, Tensor b, Tensor c,
                                           Tensor h0, bool zoh) {
   check_shapes(u, dt, A, b, c, h0);
+  make_contiguous({&u, &dt, &A, &b, &c, &h0});
   const int64_t B = u.size(0), D = u.size(2);
   Tensor y = torch::stable::new_empty(u, {B, u.size(1), D});
   Tensor h_T = torch::stable::new_empty(h0, {B, h0.size(1)});
+  // nothing to compute, however many rows there are of it
+  if (y.numel() == 0 && h_T.numel() == 0) return {y, h_T};
   with_float(u, [&](auto type) {
     using S = decltype(type);
     const auto in = read<S>(u, dt, A, b, c, h0, zoh);
@@ -97,12 +93,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backwa
     bool zoh) {
   check_shapes(u, dt, A, b, c, h0);
   check_shapes(dy, dt, A, b, c, dh_T);
+  make_contiguous({&dy, &dh_T, &u, &dt, &A, &b, &c, &h0});
   const int64_t B = u.size(0), T = u.size(1), D = u.size(2), N = A.size(1);
   Tensor du = torch::stable::new_empty(u, {B, T, D}), ddt = torch::stable::new_empty(u, {B, T, D});
   // a row for each of the batch, summed in their order
   Tensor rows = torch::stable::new_empty(u, {B, D, N}), dA = torch::stable::new_zeros(u, {D, N});
   Tensor db = torch::stable::new_zeros(u, {B, T, N}), dc = torch::stable::new_zeros(u, {B, T, N});
   Tensor dh0 = torch::stable::new_empty(u, {B, D * N});
+  if (u.numel() == 0 && h0.numel() == 0) return {du, ddt, dA, db, dc, dh0};
   with_float(u, [&](auto type) {
     using S = decltype(type);
     const auto in = read<S>(u, dt, A, b, c, h0, zoh);

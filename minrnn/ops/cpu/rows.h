@@ -16,22 +16,14 @@ namespace minrnn {
 // sums as registers hold with either width of vectors.
 constexpr int panel_width = 32, panel_rows = 4;
 
-// Vectors of L floats and of what they are read from. They are said and not left to the compiler,
-// which finds those of some types of weights in loops and not those of others.
+// Vectors of L floats and of what they are read from. Explicit, as compilers vectorise this loop for
+// some weight dtypes only.
 template <int L>
-struct Vector;
-
-#define MINRNN_VECTOR(L)                                         \
-  template <>                                                    \
-  struct Vector<L> {                                             \
-    typedef float Floats __attribute__((vector_size(4 * L)));    \
-    typedef int32_t Ints __attribute__((vector_size(4 * L)));    \
-    typedef uint16_t Halves __attribute__((vector_size(2 * L))); \
-  };
-
-MINRNN_VECTOR(4)
-MINRNN_VECTOR(8)
-MINRNN_VECTOR(16)
+struct Vector {
+  using Floats = typename LanesOf<float, L>::type;
+  using Ints = typename LanesOf<int32_t, L>::type;
+  using Halves = typename LanesOf<uint16_t, L>::type;
+};
 
 // What is read at once of L outputs: their weights for `steps` values of k. One in float and in
 // bfloat16; four bytes side by side, which shifts take apart.
@@ -54,8 +46,8 @@ struct Group<L, BFloat16> {
 
   MINRNN_INLINE explicit Group(const BFloat16* w) { std::memcpy(&halves, w, sizeof(halves)); }
   MINRNN_INLINE typename Vector<L>::Floats step(int) const {
-    return (typename Vector<L>::Floats)(
-        __builtin_convertvector(halves, typename Vector<L>::Ints) << 16);
+    return lanes_bits_as<typename Vector<L>::Floats>(
+        lanes_convert<typename Vector<L>::Ints>(halves) << 16);
   }
 };
 
@@ -66,7 +58,7 @@ struct Group<L, int8_t> {
 
   MINRNN_INLINE explicit Group(const int8_t* w) { std::memcpy(&bytes, w, sizeof(bytes)); }
   MINRNN_INLINE typename Vector<L>::Floats step(int i) const {
-    return __builtin_convertvector((bytes << (24 - 8 * i)) >> 24, typename Vector<L>::Floats);
+    return lanes_convert<typename Vector<L>::Floats>((bytes << (24 - 8 * i)) >> 24);
   }
 };
 

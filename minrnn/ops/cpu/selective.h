@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "vector_math.h"
@@ -36,9 +37,17 @@ struct SelectiveGradients {
   S *du, *ddt, *dA, *db, *dc, *dh0;
 };
 
-// exp(x) - 1 for x <= 0, to full relative precision.
+// exp(x). States decay where A < 0 < dt; where they do not, they grow as the formula says.
 template <class S>
-MINRNN_INLINE S expm1_nonpositive(S x, S exp_x) {
+MINRNN_INLINE S exponential(S x) {
+  // up to here `exp_nonpositive` is right for x > 0, too
+  const S most = sizeof(S) == 4 ? S(88.722835) : S(709.782712893384);
+  return x > most ? std::numeric_limits<S>::infinity() : exp_nonpositive(x);
+}
+
+// exp(x) - 1, to full relative precision.
+template <class S>
+MINRNN_INLINE S exponential_less_one(S x, S exp_x) {
   // Taylor: the first term left out is below half a unit for |x| < 0.35 (double: terms to x^14)
   S p = S(1.0 / 87178291200.0);
   if (sizeof(S) == 8) {
@@ -58,7 +67,7 @@ MINRNN_INLINE S expm1_nonpositive(S x, S exp_x) {
   p = p * x + S(1.0 / 6.0);
   p = p * x + S(0.5);
   p = p * x * x + x;
-  return x > S(-0.35) ? p : exp_x - S(1);
+  return absolute(x) < S(0.35) ? p : exp_x - S(1);
 }
 
 // (width, N) of a tensor (D, N) into (N, W), and back.
@@ -97,8 +106,8 @@ template <class S, bool Zoh>
 MINRNN_INLINE void selective_step(const Step<S>& step, int64_t W, const S* __restrict A, S b,
                                   S* __restrict a, const S* from, S* h) {
   for (int64_t j = 0; j < W; ++j) {
-    const S x = step.dt[j] * A[j], decay = exp_nonpositive(x);
-    const S weight = Zoh ? expm1_nonpositive(x, decay) / A[j] * step.u[j] : step.w[j];
+    const S x = step.dt[j] * A[j], decay = exponential(x);
+    const S weight = Zoh ? exponential_less_one(x, decay) / A[j] * step.u[j] : step.w[j];
     a[j] = decay;
     h[j] = decay * from[j] + weight * b;
   }
@@ -156,7 +165,7 @@ MINRNN_INLINE void selective_step_back(const Step<S>& step, int64_t W, const S* 
       // by the exponent dt A
       S dx = grad * before[i] * a[i];
       if (Zoh) {
-        const S size = expm1_nonpositive(step.dt[i] * A[i], a[i]) / A[i];
+        const S size = exponential_less_one(step.dt[i] * A[i], a[i]) / A[i];
         const S dsize = grad * b * step.u[i];
         to_b[l] += grad * size * step.u[i];
         dw[i] += grad * b * size;

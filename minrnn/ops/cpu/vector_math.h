@@ -5,17 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
+
 namespace minrnn {
-
-#define MINRNN_INLINE inline __attribute__((always_inline))
-#define MINRNN_LAMBDA __attribute__((always_inline))
-
-// One build for every x86-64 machine: the loader picks the widest vectors it has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MULTI_ISA __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define MULTI_ISA
-#endif
 
 template <class To, class From>
 MINRNN_INLINE To bits_as(From from) {
@@ -73,16 +65,17 @@ MINRNN_INLINE C absolute(C x) {
 }
 
 // sigmoid(x) = open / sum and sigmoid(-x) = shut / sum, both to full relative precision, from one
-// exponential. Undivided, so that several quotients of one step can share a single division.
+// exponential. Undivided, so that several quotients of one step can share a single division. `small`
+// is the smaller of open and shut.
 template <class C>
 struct Sigmoid {
-  C open, shut, sum;
+  C open, shut, sum, small;
 
   MINRNN_INLINE explicit Sigmoid(C x) {
-    const C e = exp_nonpositive(-absolute(x));
-    open = x < C(0) ? e : C(1);
-    shut = x < C(0) ? C(1) : e;
-    sum = C(1) + e;
+    small = exp_nonpositive(-absolute(x));
+    open = x < C(0) ? small : C(1);
+    shut = x < C(0) ? C(1) : small;
+    sum = C(1) + small;
   }
 };
 

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.library import Library
 
+from minrnn.ops.direct import check_call
+
 
 def is_installed() -> bool:
     """Whether Triton is."""
@@ -26,6 +28,7 @@ def _late(name: str) -> Callable[..., tuple[Tensor, ...]]:
     def run(*args: Any) -> tuple[Tensor, ...]:
         from minrnn.ops.gpu import kernels
 
+        check_call(name, args, read_bounds=False)
         return getattr(kernels, name)(*args)
 
     return run

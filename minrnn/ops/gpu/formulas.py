@@ -107,13 +107,17 @@ def _share(keep, lose, scale):
 
 
 @triton.jit
-def _lift(f, i, NORMALIZED: tl.constexpr):
-    """What raises both gates: normalised, far below 0, only f - i counts, and 0/0 is near."""
-    larger = tl.maximum(f, i)
-    lift = tl.zeros_like(f)
+def _raised(f, i, NORMALIZED: tl.constexpr):
+    """Both gates raised by the same: normalised, far below 0, only f - i counts, and 0/0 is near.
+
+    The larger is subtracted first: beside it -40 would be rounded away.
+    """
     if NORMALIZED:
-        lift = tl.where(larger < -40.0, -40.0 - larger, 0.0)
-    return lift
+        larger = tl.maximum(f, i)
+        raise_both = larger < -40.0
+        f = tl.where(raise_both, (f - larger) - 40.0, f)
+        i = tl.where(raise_both, (i - larger) - 40.0, i)
+    return f, i
 
 
 @triton.jit
@@ -126,9 +130,9 @@ def coefficients(x0, x1, x2, OP: tl.constexpr, CANDIDATE: tl.constexpr, NORMALIZ
         scale = _reciprocal(z_sum * bottom)
         a, b = _share(z_shut, z_open, bottom * scale), z_open * top * scale
     if OP == "minlstm":
-        lift = _lift(x0, x1, NORMALIZED)
-        f_open, f_shut, f_sum = _sigmoid(x0 + lift)
-        i_open, _, i_sum = _sigmoid(x1 + lift)
+        f, i = _raised(x0, x1, NORMALIZED)
+        f_open, f_shut, f_sum = _sigmoid(f)
+        i_open, _, i_sum = _sigmoid(i)
         keep, take = f_open * i_sum, i_open * f_sum
         total = keep + take if NORMALIZED else f_sum * i_sum
         lose = take if NORMALIZED else f_shut * i_sum
@@ -152,9 +156,9 @@ def derivatives(
         value, z, a = top * inverse, k_open * rest, _share(k_shut, k_open, rest)
         dx0, dx1 = (value - p) * z * a, z * _slope(x1, value, inverse, CANDIDATE)
     if OP == "minlstm":
-        lift = _lift(x0, x1, NORMALIZED)
-        f_open, f_shut, f_sum = _sigmoid(x0 + lift)
-        i_open, i_shut, i_sum = _sigmoid(x1 + lift)
+        f, i = _raised(x0, x1, NORMALIZED)
+        f_open, f_shut, f_sum = _sigmoid(f)
+        i_open, i_shut, i_sum = _sigmoid(i)
         keep, take = f_open * i_sum, i_open * f_sum
         total = keep + take if NORMALIZED else f_sum * i_sum
         top, bottom = _activation(x2, CANDIDATE)

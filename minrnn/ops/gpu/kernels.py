@@ -177,6 +177,8 @@ def _backward(
     """The gradients of the gates, into what is given for them, and of h0 (rows, D)."""
     if grads is None:
         grads = [h.new_empty(h.shape) for _ in range(3 if name == "minlstm" else 2)]
+    # what arithmetic is done in
+    dh_T = dh_T.to(_state_dtype(h.dtype))
     dh0 = dh_T.new_empty(dh_T.shape, dtype=dh_T.dtype if h0 is None else h0.dtype)
     rows, T, D = len(dh_T), *h.shape[1:]
     if rows and D:

@@ -112,12 +112,17 @@ def place(rows, blocks, BLOCK: tl.constexpr):
 @triton.jit
 def _span(cu_seqlens_ptr, n, chunk, T, chunk_steps, BACK: tl.constexpr):
     """Of row n: its batch row b, and where it begins and ends in time; of a chunk of it, which is
-    all of it where `cu_seqlens` is: the step to begin with, and how many to take."""
+    all of it where `cu_seqlens` is: the step to begin with, and how many to take.
+
+    Nobody has read the bounds on the host, which would wait for the GPU: clamped, they never lead
+    beyond the row, whatever they say.
+    """
     b, first, end = n, T.to(tl.int64) * 0, T.to(tl.int64)
     if cu_seqlens_ptr is not None:
         b = n * 0
-        first = tl.load(cu_seqlens_ptr + n).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + n + 1).to(tl.int64)
+        first = tl.maximum(tl.minimum(tl.load(cu_seqlens_ptr + n).to(tl.int64), end), 0)
+        bound = tl.load(cu_seqlens_ptr + n + 1).to(tl.int64)
+        end = tl.maximum(tl.minimum(bound, end), first)
     away = chunk * chunk_steps
     steps = tl.minimum(end - first - away, chunk_steps)
     return b, first, end, end - 1 - away if BACK else first + away, steps
