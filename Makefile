@@ -118,8 +118,7 @@ build/asan/_native.so: $(wildcard minrnn/ops/cpu/*) | $(VENV)/ready
 	@mkdir -p build/asan
 	$(CXX) -shared -fPIC -O1 -g1 -std=c++17 -fno-trapping-math -fvisibility=hidden \
 	    -fsanitize=address -DTORCH_TARGET_VERSION=0x020a000000000000 -I$(TORCH)/include \
-	    minrnn/ops/cpu/register.cpp minrnn/ops/cpu/register_rows.cpp \
-	    minrnn/ops/cpu/register_selective.cpp -L$(TORCH)/lib -ltorch -ltorch_cpu -lc10 -o $@
+	    minrnn/ops/cpu/*.cpp -L$(TORCH)/lib -ltorch -ltorch_cpu -lc10 -o $@
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -4,8 +4,12 @@ Without a compiler, or without torch at build time, the package installs all the
 pure torch; its first use warns of that, and `minrnn info` says why.
 """
 
+import os
 import sys
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -36,6 +40,21 @@ class BuildNative(build_ext):
         except Exception as error:
             _say(str(error))
 
+    def build_extensions(self) -> None:
+        self.compiler.compile = _side_by_side(self.compiler.compile)
+        super().build_extensions()
+
+
+def _side_by_side(compile_all: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """`compile_all`, a process of the compiler for each source at the same time."""
+
+    def compile_each(sources: list[str], **options: Any) -> list[str]:
+        with ThreadPool(min(len(sources), os.cpu_count() or 1)) as pool:
+            made = pool.map(lambda source: compile_all([source], **options), sources, chunksize=1)
+        return [path for paths in made for path in paths]
+
+    return compile_each
+
 
 def _say(why: str) -> None:
     """On stderr, which pip shows with -v only: the first use of the package says it again."""
@@ -50,10 +69,16 @@ setup(
     ext_modules=[
         Extension(
             "minrnn.ops._native",
+            # those that take longest first
             [
-                "minrnn/ops/cpu/register.cpp",
-                "minrnn/ops/cpu/register_rows.cpp",
-                "minrnn/ops/cpu/register_selective.cpp",
+                f"minrnn/ops/cpu/{name}.cpp"
+                for name in (
+                    "kernels_half",
+                    "kernels_float",
+                    "register_rows",
+                    "register",
+                    "register_selective",
+                )
             ],
             depends=[str(path) for path in Path("minrnn/ops/cpu").glob("*.h")],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],

@@ -5,8 +5,31 @@
 
 namespace minrnn {
 
+// Each formula by its name, for `MACRO(name, S, formula)`.
+#define MINRNN_FORMULAS(MACRO, S)                                  \
+  MACRO(scan, S, Scan)                                             \
+  MACRO(mingru_g, S, MinGRU<Candidate::g>)                         \
+  MACRO(mingru_identity, S, MinGRU<Candidate::identity>)           \
+  MACRO(mingru_tanh, S, MinGRU<Candidate::tanh>)                   \
+  MACRO(minlstm_g, S, MinLSTM<Candidate::g, true>)                 \
+  MACRO(minlstm_identity, S, MinLSTM<Candidate::identity, true>)   \
+  MACRO(minlstm_tanh, S, MinLSTM<Candidate::tanh, true>)           \
+  MACRO(plain_minlstm_g, S, MinLSTM<Candidate::g, false>)          \
+  MACRO(plain_minlstm_identity, S, MinLSTM<Candidate::identity, false>) \
+  MACRO(plain_minlstm_tanh, S, MinLSTM<Candidate::tanh, false>)
+
+// Defined in kernels_float.cpp and kernels_half.cpp, which compilers take side by side.
+#define MINRNN_DECLARE(name, S, ...)                                                         \
+  void forward_##name(const Stretch<S>& stretch, S* h, int64_t h_step, Compute<S>::type* state); \
+  void backward_##name(const Stretch<S>& stretch, const Gradients<S>& to, Compute<S>::type* carry);
+
+MINRNN_FORMULAS(MINRNN_DECLARE, float)
+MINRNN_FORMULAS(MINRNN_DECLARE, double)
+MINRNN_FORMULAS(MINRNN_DECLARE, BFloat16)
+MINRNN_FORMULAS(MINRNN_DECLARE, Float16)
+
 // Clones need a plain function for each operator and type; overloads on S keep their names short.
-#define MINRNN_ENTRIES_OF(name, S, ...)                                              \
+#define MINRNN_DEFINE(name, S, ...)                                                  \
   MULTI_ISA void forward_##name(const Stretch<S>& stretch, S* h, int64_t h_step,     \
                                 Compute<S>::type* state) {                           \
     forward<__VA_ARGS__>(stretch, h, h_step, state);                                 \
@@ -15,23 +38,6 @@ namespace minrnn {
                                  Compute<S>::type* carry) {                          \
     backward<__VA_ARGS__>(stretch, to, carry);                                       \
   }
-
-#define MINRNN_ENTRIES(name, ...)                 \
-  MINRNN_ENTRIES_OF(name, float, __VA_ARGS__)     \
-  MINRNN_ENTRIES_OF(name, double, __VA_ARGS__)    \
-  MINRNN_ENTRIES_OF(name, BFloat16, __VA_ARGS__)  \
-  MINRNN_ENTRIES_OF(name, Float16, __VA_ARGS__)
-
-MINRNN_ENTRIES(scan, Scan)
-MINRNN_ENTRIES(mingru_g, MinGRU<Candidate::g>)
-MINRNN_ENTRIES(mingru_identity, MinGRU<Candidate::identity>)
-MINRNN_ENTRIES(mingru_tanh, MinGRU<Candidate::tanh>)
-MINRNN_ENTRIES(minlstm_g, MinLSTM<Candidate::g, true>)
-MINRNN_ENTRIES(minlstm_identity, MinLSTM<Candidate::identity, true>)
-MINRNN_ENTRIES(minlstm_tanh, MinLSTM<Candidate::tanh, true>)
-MINRNN_ENTRIES(plain_minlstm_g, MinLSTM<Candidate::g, false>)
-MINRNN_ENTRIES(plain_minlstm_identity, MinLSTM<Candidate::identity, false>)
-MINRNN_ENTRIES(plain_minlstm_tanh, MinLSTM<Candidate::tanh, false>)
 
 template <class S>
 struct Entries {
