@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 # g++ where CXX is not set
 CXX ?= g++
 
-.PHONY: demo test test-long test-portable test-portable-ci test-triton test-gpu test-oldest test-page test-slow \
+.PHONY: demo test test-long test-portable test-portable-ci test-triton test-triton-ci test-gpu test-oldest test-page test-slow \
     sanitize lint format figures bench clean
 
 demo: $(VENV)/demo
@@ -41,7 +41,11 @@ COMPUTES := tests/test_ops.py tests/test_operators.py tests/test_scans.py tests/
     tests/test_layer_inputs.py tests/test_layer_tools.py tests/test_drop_ins.py \
     tests/test_foreign.py tests/test_mixers.py tests/test_models.py tests/test_state.py \
     tests/test_stream.py tests/test_packing.py tests/test_gradients.py tests/test_losses.py \
-    tests/test_checkpoint.py tests/test_decision.py tests/test_engine.py tests/test_hf.py
+    tests/test_checkpoint.py tests/test_decision.py tests/test_engine.py tests/test_hf.py \
+    tests/test_hf_loss.py tests/test_hf_generate.py tests/test_gates.py tests/test_direct_calls.py \
+    tests/test_lstm_pairs.py tests/test_nested.py tests/test_forget_bias.py \
+    tests/test_written_outputs.py tests/test_layer_graphs.py tests/test_updates.py \
+    tests/test_saving.py tests/test_rows.py
 ON_ONE := $(PYTEST) -n 2 -q -m "not slow and not long" $(COMPUTES)
 ON_TWO := $(PYTEST) -n 1 -q -m "not slow and not long" --threads 2 $(COMPUTES)
 OLDEST_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
@@ -64,6 +68,10 @@ test-portable-ci: $(VENV)/ready
 test-triton: $(VENV)/ready
 	$(PYTEST) -n 2 -p tests.on_triton --timeout 3600 \
 	    tests/test_ops.py tests/test_operators.py tests/triton_plans.py
+
+# of them what CI runs
+test-triton-ci: $(VENV)/ready
+	$(PYTEST) -n 2 -q -p tests.on_triton -k matches_reference tests/test_ops.py
 
 # operators and what stands on them, on a GPU
 test-gpu: $(VENV)/ready
@@ -89,6 +97,7 @@ test-slow: $(VENV)/ready
 
 # first the kernels alone, without Python or torch: tests/stub has the two functions that share out
 # threads; then every operator, called directly with arguments that do not fit
+ROUNDS := 20000
 SANITIZED := $(CXX) -O1 -g -std=c++17 -fno-trapping-math -fno-sanitize-recover=all -Itests/stub
 sanitize:
 	@mkdir -p build
@@ -107,7 +116,7 @@ sanitize:
 	build/sanitize_races
 	$(MAKE) build/asan/_native.so
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$(ASAN_LIBRARIES)" \
-	    $(BIN)/python tests/fuzz_operators.py --rounds 20000 --log build/asan/round \
+	    $(BIN)/python tests/fuzz_operators.py --rounds $(ROUNDS) --log build/asan/round \
 	    --library build/asan/_native.so
 
 # the whole library under AddressSanitizer, for direct calls of torch.ops with what does not fit; the
@@ -153,7 +162,7 @@ $(VENV)/demo: pyproject.toml constraints.txt $(NATIVE)
 # The package is there; only what its extras name is installed. The others are what tests compare
 # weights and results with.
 $(VENV)/ready: $(VENV)/demo
-	$(PIP) 'minrnn[train,onnx,rl,sb3,hf,datasets,serve,redis,examples,dev]'
+	$(PIP) 'minrnn[train,onnx,rl,sb3,hf,peft,datasets,serve,redis,examples,dev]'
 	$(PIP) --no-deps minGRU-pytorch mingru-scans mambapy einops
 	touch $@
 

@@ -92,6 +92,7 @@ def test_nan_is_an_infinite_error(monkeypatch):
     assert isinf(row.error)
 
 
+@pytest.mark.long
 def test_half_precision_loses_little_at_every_gate():
     rows = bench.half_precision()
     assert [(row.dtype, row.algorithm, row.gate_mean) for row in rows] == [

@@ -106,6 +106,7 @@ def test_mixers_are_right_and_timed(quick, monkeypatch, capsys) -> None:
     assert "wrong" not in said
 
 
+@pytest.mark.long
 def test_bench_stream_checks_and_times_a_symbol(capsys, tmp_path) -> None:
     assert cli.main(["bench", "stream", "--quick", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "bench-stream.png").read_bytes().startswith(b"\x89PNG")

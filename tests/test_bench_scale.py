@@ -99,6 +99,7 @@ def test_the_best_split_fits_and_is_the_fastest(model) -> None:
         plan.best(model, 2, 1 << 18, 2, MACHINE._replace(memory=1e4))
 
 
+@pytest.mark.long
 def test_processes_tell_their_time_and_the_same_loss() -> None:
     tiny = replace(CONFIG, width=4, num_layers=1)
     found = {

@@ -350,6 +350,7 @@ def test_nothing_of_a_policy_is_unpickled(tmp_path, capsys) -> None:
     assert trajectory_files.read([tmp_path / "x.hdf5"]).num_episodes == 2
 
 
+@pytest.mark.long
 def test_the_table_of_decision_models(recorded, tmp_path, monkeypatch, capsys) -> None:
     data = replace(trajectory_files.read([recorded]), reference=(0.0, 20.0))
     trajectory_files.write_d4rl(data, tmp_path / "corridor-medium.hdf5")

@@ -41,13 +41,14 @@ USES: dict[str, list[list[str]] | str] = {
     "sb3": "import stable_baselines3, minrnn.collecting",
     "redis": "import minrnn.serve.server, redis",
     "hf": "from minrnn.hf import MinRNNForCausalLM, MinRNNTokenizer",
+    "peft": "import peft; from minrnn.hf import MinRNNForCausalLM",
     "datasets": "import datasets, minrnn.cli.text",
     "onnx": "import minrnn.onnx, onnx, onnxruntime, onnxscript; minrnn.onnx.translations()",
     "gpu": "from minrnn.ops import gpu; assert gpu.is_installed(); import triton",
 }
 if sys.version_info < (3, 11):
     # transformers and datasets have left it behind
-    USES = {name: use for name, use in USES.items() if name not in ("hf", "datasets")}
+    USES = {name: use for name, use in USES.items() if name not in ("hf", "peft", "datasets")}
 _RUN = "from minrnn.cli import main\nfor args in {}:\n    assert main(args) == 0, args"
 
 
@@ -62,6 +63,7 @@ def _run(extra: str | None, code: str, folder: Path) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("extra", USES)
 def test_an_extra_is_complete(extra: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 30)
@@ -70,6 +72,7 @@ def test_an_extra_is_complete(extra: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_serve_is_complete(tmp_path: Path) -> None:
     model = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=257, width=8, num_layers=1))
     minrnn.save(tmp_path / "run", model, BPE(["a b"]))
@@ -86,6 +89,7 @@ def test_serve_is_complete(tmp_path: Path) -> None:
         assert server.wait(60) == 0
 
 
+@pytest.mark.long
 def test_the_bare_package_says_what_to_install(tmp_path: Path) -> None:
     code = "from minrnn.cli import main\nfor args in {}: print(main(args), flush=True)"
     asked = [["--version"], ["--help"], ["bench", "--help"]]

@@ -102,6 +102,7 @@ def test_rows_may_lie_beyond_32_bits(multiprocessors: int) -> None:
 
 
 # half a minute of one core, which may not be free
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_no_plan_moves_more_bytes_than_aimed_at(counted: dict[Case, Count]) -> None:
     assert len(counted) == 18

@@ -71,6 +71,7 @@ def test_a_long_sequence_has_the_gradient_of_the_whole() -> None:
         assert (one - other).abs().max() < 1e-5 * right.abs().max()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_sequence() -> None:
     said = "from minrnn.bench import chunk; chunk.report({}, 2048, 1)"

@@ -148,6 +148,7 @@ def test_a_gradient_that_is_never_finite_stops(source, tmp_path, scaled, monkeyp
         _train(source, tmp_path / "run", steps=10)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_in_float16_it_ends_the_same(source, tmp_path, scaled) -> None:
     scaled(TOO_LARGE)
     options = {"precision": "fp16", "accumulation": 2, "steps": 40, "eval_every": 10}

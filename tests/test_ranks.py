@@ -71,6 +71,7 @@ def _check_trainings(folder: Path, ranks: int) -> None:
     _train(folder / f"{ranks}-sharded-time-random", replace(CONFIG, time_ranks=2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_curves_are_those_of_one_process(folder, ranks) -> None:
     on_ranks(ranks, _check_trainings, folder, ranks)

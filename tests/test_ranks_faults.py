@@ -126,6 +126,7 @@ def test_torchrun_itself_starts_it_again(undisturbed) -> None:
     _assert_same_curve(run, undisturbed / "whole")
 
 
+@pytest.mark.long
 def test_a_refusal_is_one_line_and_ends_all(tmp_path) -> None:
     source = write_text(tmp_path / "text.txt")
     command = ("train", "text", "--data", str(source), "--out", str(tmp_path / "run"), *OPTIONS)

@@ -73,6 +73,7 @@ def _scores(answer: httpx.Response) -> list[float]:
     return answer.json()["choices"][0]["logprobs"]["token_logprobs"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_session_goes_on_when_its_replica_is_killed(tmp_path) -> None:
     run = make_run(tmp_path / "tiny")
@@ -110,6 +111,7 @@ def test_a_session_goes_on_when_its_replica_is_killed(tmp_path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_the_example_refuses_in_one_line(tmp_path) -> None:
     for options, message in (
         ([str(tmp_path)], f"ray_serve.py: {tmp_path} is not a run folder\n"),

@@ -193,6 +193,7 @@ def test_the_maze_is_an_environment(ppo) -> None:
     assert maze.step(maze.sign)[1:3] == (1.0, True)
 
 
+@pytest.mark.long
 def test_a_memory_is_what_it_takes(ppo, tmp_path, capsys, monkeypatch) -> None:
     out = tmp_path / "ppo"
     options = ["--memory", "mingru", "none", "--seeds", "1", "--steps", "60000", "--length", "2"]

@@ -253,7 +253,7 @@ def test_a_prompt_may_be_any_text(corpus_run, monkeypatch, capsys) -> None:
         seen.append((prompt, stop))
         return iter(())
 
-    monkeypatch.setattr(cli.text, "generate", fake)
+    monkeypatch.setattr("minrnn.stream.generate", fake)
     for options in (["--prompt", "None", "--stop", "None"], ["--prompt", ""], []):
         assert cli.main(["generate", str(run), *options]) == 0
     assert seen == [("None", "None"), ("\n", None), ("\n", None)]

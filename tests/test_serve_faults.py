@@ -159,6 +159,7 @@ def test_a_client_that_does_not_read_is_given_up(run) -> None:
             wait_for(lambda: not service.open.total() and not service.worker.engine.busy, 60)
 
 
+@pytest.mark.long
 def test_many_clients_a_tenth_cancels(run) -> None:
     with served(run, engine=EngineConfig(batch_size=16)) as (address, service):
         expected = {seed: ask(address, seed=seed, max_tokens=30).json() for seed in range(8)}

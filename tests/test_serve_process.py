@@ -23,6 +23,7 @@ def run(tmp_path):
     return make_run(tmp_path / "tiny")
 
 
+@pytest.mark.long
 def test_sigterm_finishes_what_it_can_and_saves_the_rest(run) -> None:
     with process(run, "--grace", "1") as (address, server):
         lines: list[str] = []
@@ -45,6 +46,7 @@ def test_sigterm_finishes_what_it_can_and_saves_the_rest(run) -> None:
         assert ask(address, prompt="", session=name).status_code == 200
 
 
+@pytest.mark.long
 def test_sigkill_leaves_saved_sessions_whole(run) -> None:
     saved = {}
     with process(run) as (address, server):
@@ -76,6 +78,7 @@ def test_sigkill_leaves_saved_sessions_whole(run) -> None:
         assert len(first) == 8
 
 
+@pytest.mark.long
 def test_a_session_goes_on_elsewhere_when_its_server_is_killed(run, tmp_path) -> None:
     with redis_server.running(tmp_path) as (store, _):
         for options in ((), ("--redis", store)):
@@ -136,6 +139,7 @@ def test_the_command_refuses_in_one_line(run, tmp_path, monkeypatch, capsys) -> 
         said = capsys.readouterr()
         assert said.out == ""
         assert re.fullmatch(f"minrnn serve: .*{message}.*\n", said.err), said.err
-    monkeypatch.setitem(sys.modules, "minrnn.serve.server", None)
+    monkeypatch.delitem(sys.modules, "minrnn.serve.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.main(["serve", str(run)]) == 2
     assert "pip install 'minrnn[serve]'" in capsys.readouterr().err

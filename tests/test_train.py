@@ -74,6 +74,7 @@ def test_training_learns(source: Path, tmp_path) -> None:
     assert last["valid_loss"] < 1.2
 
 
+@pytest.mark.long
 def test_killed_inside_saves_and_resumed_it_ends_the_same(source, tmp_path, uninterrupted) -> None:
     run = tmp_path / "run"
     run.mkdir()

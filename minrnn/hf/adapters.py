@@ -85,7 +85,7 @@ def require_peft(folder: Path) -> None:
         ImportError: it is not.
     """
     if not is_peft_available():
-        raise ImportError(f"{folder} holds an adapter, `peft` must be installed: pip install peft")
+        raise ImportError(f"{folder} holds an adapter: pip install 'minrnn[peft]'")
 
 
 def merged(model: "MinRNNForCausalLM") -> "MinRNNForCausalLM":

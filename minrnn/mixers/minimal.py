@@ -49,7 +49,7 @@ class MinimalRNN(Mixer):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Mix x (B, T, width); the state is {"h": (B, width * expansion)}."""
-        if state is None and self.rnn.weight_ih_l0.dtype in (torch.bfloat16, torch.float16):
+        if state is None and x.dtype in (torch.bfloat16, torch.float16):
             # a state has the dtype of the one before: float32 from the first step
             state = self.init_state(x.shape[0])
         y, h_n = self.rnn(x, None if state is None else state.tensor("h")[None])
