@@ -12,8 +12,8 @@ PYTEST := $(BIN)/python -m pytest
 # g++ where CXX is not set
 CXX ?= g++
 
-.PHONY: demo test test-long test-portable test-portable-ci test-triton test-triton-ci test-gpu test-oldest test-page test-slow \
-    sanitize lint format figures bench clean
+.PHONY: demo test test-long test-portable test-portable-ci test-triton test-triton-ci test-gpu \
+    test-oldest test-page test-slow sanitize lint format figures bench clean
 
 demo: $(VENV)/demo
 	@test -f runs/plays.txt || { mkdir -p runs && $(BIN)/minrnn data shakespeare runs/plays.txt; }

@@ -326,7 +326,7 @@ for keep in (False, True):
 
 @pytest.mark.skipif(not measure.allocator().startswith("glibc"), reason="another allocator")
 def test_the_allocator_does_as_it_is_told() -> None:
-    # a system that reclaims idle pages, or a heap that cannot grow where it lies, may spoil a process
+    # a system that reclaims idle pages, or a heap that cannot grow in place, may spoil a process
     for _ in range(4):
         ended = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True)
         returned, kept = (line.split(", ") for line in ended.stdout.splitlines())

@@ -96,7 +96,7 @@ def merged(model: "MinRNNForCausalLM") -> "MinRNNForCausalLM":
     base: Any = type(model)(copy.deepcopy(model.config))
     base.to(model.device, model.dtype)
     base.generation_config = copy.deepcopy(model.generation_config)
-    options = copy.deepcopy(model.peft_config[name])
+    options: Any = copy.deepcopy(model.peft_config[name])
     options.base_model_name_or_path = None
     wrapped = get_peft_model(base, options, adapter_name=name)
     # a PeftModel holds the model under this name
