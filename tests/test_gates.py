@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import GATES
 from torch import Tensor, bfloat16, float16, float32, float64
 
 from minrnn.ops import reference, rows, torch_kernels
