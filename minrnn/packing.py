@@ -207,6 +207,10 @@ def _is_as_built(model: LanguageModel) -> bool:
             return False
         if isinstance(part, nn.RMSNorm) and part.eps is not None:
             return False
+        if isinstance(part, MinGRU | MinLSTM) and part.candidate != model.config.candidate:
+            return False
+        if isinstance(part, MinLSTM) and part.normalized != model.config.normalized:
+            return False
     return True
 
 

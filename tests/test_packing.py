@@ -229,15 +229,23 @@ def _set_eps(model: minrnn.LanguageModel) -> None:
     model.norm.eps = 0.5
 
 
-@pytest.mark.parametrize("edit", [_adapt, _hook, _parametrize, _set_eps])
-@pytest.mark.parametrize("mixer", ["mingru", "lstm"])
+def _set_options(model: minrnn.LanguageModel) -> None:
+    rnn = getattr(model.blocks[0].mixer, "rnn", None)
+    if isinstance(rnn, minrnn.MinGRU):
+        rnn.candidate = "tanh"
+    if isinstance(rnn, minrnn.MinLSTM):
+        rnn.normalized = False
+
+
+@pytest.mark.parametrize("edit", [_adapt, _hook, _parametrize, _set_eps, _set_options])
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm", "lstm"])
 def test_an_edited_model_is_packed_with_its_edits(mixer, edit) -> None:
     model = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=5, width=8, mixer=mixer)).eval()
     plain, ids = pack_model(model), torch.randint(5, (2, 6))
     edit(model)
     packed = pack_model(model)
     torch.testing.assert_close(packed(ids)[0], model(ids)[0], atol=1e-5, rtol=1e-4)
-    assert isinstance(plain, PackedModel) == (mixer == "mingru" and can_run_model(ids.device))
+    assert isinstance(plain, PackedModel) == (mixer != "lstm" and can_run_model(ids.device))
     assert not isinstance(packed, PackedModel)
 
 
