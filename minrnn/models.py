@@ -281,7 +281,7 @@ def checked_ids(ids: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
         ValueError: there are none, `ids` has not one axis, or one is not in [0, vocab_size).
         TypeError: `ids` holds no integers.
     """
-    # a default device is not where the model is
+    # of numbers on the CPU, whatever the default device is
     row = ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device="cpu")
     if row.dim() != 1:
         raise ValueError(f"`ids` must have shape (T,), got {tuple(row.shape)}")
