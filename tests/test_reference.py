@@ -192,7 +192,7 @@ def test_unknown_options_are_refused():
     # a candidate of another name was the identity
     x = torch.zeros(1, 2, 3)
     for name in ("mingru", "minlstm"):
-        with pytest.raises(ValueError, match="`candidate` must be one of 'g', .* got 'G'"):
+        with pytest.raises(ValueError, match=r"`candidate` must be one of 'g', .* got 'G'"):
             getattr(reference, name)(*[x] * len(GATES[name]), candidate="G")
     with pytest.raises(TypeError, match="`normalized` must be a bool, got 'no'"):
         reference.minlstm(x, x, x, normalized="no")
