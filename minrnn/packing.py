@@ -143,7 +143,7 @@ class PackedModel(nn.Module):
         )
         return logits, self._named(after)
 
-    def _load_from_state_dict(self, *args: Any) -> NoReturn:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         # its matrices are no parameters: only the embedding would be read
         raise TypeError("a PackedModel loads no weights: load them into the model, then pack that")
 
