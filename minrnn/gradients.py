@@ -55,7 +55,7 @@ def backward(
         state: the state after the last step, without a graph.
 
     Raises:
-        ValueError: `chunk` < 0, or no target counts.
+        ValueError: `chunk` < 0, `count` is not > 0, or no target counts.
 
     Example:
         >>> from minrnn.losses import next_symbol
@@ -77,6 +77,10 @@ def backward(
         count = batch.num_targets
         if not count:
             raise ValueError("`batch` must hold at least one target, got none")
+    elif not isinstance(count, Tensor) and not count > 0:
+        raise ValueError(f"`count` must be > 0, got {count}")
+    # what it was computed from is no part of the loss, in chunks or in one
+    state = None if state is None else state.map(Tensor.detach)
     if not 0 < chunk < T:
         outputs, last = model(batch.inputs, state)
         value = _share(loss, outputs, batch, count)

@@ -7,15 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minrnn.blocks import Block
+from minrnn.blocks import Block, CausalConv, FeedForward
 from minrnn.layers import MinGRU, MinLSTM
 from minrnn.mixers import MinimalRNN
-from minrnn.models import LanguageModel, check_ids, check_state, state_shapes
+from minrnn.mixers.contract import DepthwiseConv
+from minrnn.models import Blocks, LanguageModel, check_ids, check_state, state_shapes
 from minrnn.ops.rows import Packed, WeightDtype, can_run_model, linear_rows, pack, run_model
 from minrnn.state import State
 
 # what the compiled call of a whole model takes
 _KIND: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+# by their exact classes: those of adapters and parametrizations compute more
+_PARTS = {LanguageModel, Blocks, Block, CausalConv, FeedForward, DepthwiseConv, MinimalRNN}
+_PARTS |= {MinGRU, MinLSTM, nn.Embedding, nn.Linear, nn.RMSNorm, nn.Dropout}
 
 
 class PackedWeight(Tensor):
@@ -139,6 +143,10 @@ class PackedModel(nn.Module):
         )
         return logits, self._named(after)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        # its matrices are no parameters: only the embedding would be read
+        raise TypeError("a PackedModel loads no weights: load them into the model, then pack that")
+
     def _named(self, states: list[Tensor]) -> State:
         parts: dict[str, Tensor | State] = {}
         for number in range(self.config.num_layers):
@@ -156,7 +164,8 @@ def pack_model(
 
     What a row of a batch gives is then, to the bit, what it gives alone, for the mixers "mingru"
     and "minlstm"; for others up to the rounding of what is no matrix product. Of models that are
-    not float32 throughout nothing is packed.
+    not float32 throughout nothing is packed. Adapters, hooks, and other parts than those of the
+    configuration are kept: such a model is packed matrix by matrix, as that of another mixer.
 
     Args:
         model: stays as it is.
@@ -175,16 +184,34 @@ def pack_model(
         model.config.mixer in ("mingru", "minlstm")
         and is_float32
         and can_run_model(model.head.weight.device)
+        and _is_as_built(model)
     ):
         return PackedModel(model, weights).eval()
     packed = copy.deepcopy(model).requires_grad_(False).eval()
     for module in packed.modules() if is_float32 else ():
         for name in matrices(module):
+            if name in getattr(module, "parametrizations", ()):
+                # computed at each call
+                continue
             weight = getattr(module, name)
             if weight is not None:
                 delattr(module, name)
                 setattr(module, name, PackedWeight(weight, weights))
     return packed
+
+
+def _is_as_built(model: LanguageModel) -> bool:
+    """No part of `model` computes something else than the compiled call, which reads weights."""
+    for part in model.modules():
+        if type(part) not in _PARTS or part._forward_hooks or part._forward_pre_hooks:
+            return False
+        if isinstance(part, nn.RMSNorm) and part.eps is not None:
+            return False
+        if isinstance(part, MinGRU | MinLSTM) and part.candidate != model.config.candidate:
+            return False
+        if isinstance(part, MinLSTM) and part.normalized != model.config.normalized:
+            return False
+    return True
 
 
 def _block_weights(block: Block, weights: WeightDtype) -> list[Tensor]:

@@ -12,6 +12,8 @@ from minrnn.models import LanguageModel
 Plain = LanguageModel | DecisionModel
 # what torch.compile keeps a module under, and puts before the names of its weights
 _COMPILED = "_orig_mod"
+# attributes that a call reads and that somebody may have set since
+_OPTIONS = ("candidate", "normalized", "eps")
 
 
 def plain_model(model: nn.Module) -> Plain:
@@ -71,14 +73,18 @@ def plain_weights(model: Plain) -> dict[str, Tensor]:
 
 
 def _facts(model: nn.Module) -> Iterator[tuple[str, object]]:
-    """The class of each part that has weights, and the shape of each weight."""
+    """The shape of each weight; the class of each part that has weights, and what it computes."""
     for name, x in model.state_dict().items():
         # quantized parts keep other things there
         yield _plain_name(name), tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
     for name, module in model.named_modules(remove_duplicate=False):
         inner = getattr(module, _COMPILED, module)
         if name and next(module.parameters(), None) is not None:
-            yield _plain_name(name).removesuffix(f".{_COMPILED}"), type(inner).__name__
+            name = _plain_name(name).removesuffix(f".{_COMPILED}")
+            yield name, type(inner).__name__
+            yield from (
+                (f"{name}.{key}", vars(inner)[key]) for key in _OPTIONS if key in vars(inner)
+            )
 
 
 def _check_same(expected: dict[str, object], found: dict[str, object]) -> None:

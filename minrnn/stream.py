@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minrnn.data.tokenizers import Tokenizer
 from minrnn.models import TextModel, checked_ids
@@ -23,6 +23,9 @@ class Stream:
         sampling: how symbols are drawn.
         state: where to go on, e.g. the `state` of another stream; None at the start of a text.
 
+    Raises:
+        ValueError: dropout is active in `model`, which is in training mode.
+
     Example:
         >>> from minrnn.models import LanguageModel, ModelConfig
         >>> model = LanguageModel(ModelConfig(vocab_size=5, width=8)).eval()
@@ -40,6 +43,7 @@ class Stream:
         sampling: Sampling = Sampling(),
         state: State | None = None,
     ) -> None:
+        _check_evaluates(model)
         self.model, self.sampling = model, sampling
         self.device = next(model.parameters()).device
         self.state = model.init_state(1) if state is None else state
@@ -81,6 +85,16 @@ class Stream:
         return drawn
 
 
+def _check_evaluates(model: TextModel) -> None:
+    """No dropout is active in `model`: each token would be drawn from another random model."""
+    for part in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(part, nn.Dropout) and part.training and part.p:
+            raise ValueError(
+                f"`model` must be in evaluation mode, got dropout of {part.p} in training mode: "
+                "call model.eval() first"
+            )
+
+
 def generate(
     model: TextModel,
     tokenizer: Tokenizer,
@@ -104,9 +118,15 @@ def generate(
         An iterator over pieces of text. Memory is the same however many are taken.
 
     Raises:
-        ValueError: `prompt` is empty or holds a character that the model does not know, or
-            `length` < 0 or `stop` is empty.
+        ValueError: `prompt` is empty or holds a character that the model does not know,
+            `length` < 0, `stop` is empty, `tokenizer` has not the model's number of tokens, or
+            dropout is active in `model`.
     """
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"`tokenizer` must have the model's V = {model.config.vocab_size} tokens, "
+            f"got {tokenizer.vocab_size}"
+        )
     if length is not None and length < 0:
         raise ValueError(f"`length` must be >= 0, got {length}")
     if stop is not None and not stop:

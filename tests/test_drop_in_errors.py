@@ -50,6 +50,12 @@ SIZES = [
     ("hidden_size", "5", "`hidden_size` must be an int, got str"),
     ("hidden_size", None, "`hidden_size` must be an int, got NoneType"),
 ]
+# nn.GRU takes a flag for a size, as in GRU(4, 5, True) for batch_first, and reads it as 1
+FLAGS_AS_SIZES = [
+    ("hidden_size", True, "`hidden_size` must be an int, got bool"),
+    ("num_layers", True, "`num_layers` must be an int, got bool"),
+    ("proj_size", False, "`proj_size` must be an int, got bool"),
+]
 ARGUMENTS = [
     *SIZES,
     ("num_layers", 0, "`num_layers` must be >= 1, got 0"),
@@ -82,6 +88,21 @@ def test_wrong_num_layers(ours: type, theirs: type, value: Any) -> None:
     assert _error(lambda: theirs(4, 5, value)) is TypeError
     message = f"`num_layers` must be an int, got {type(value).__name__}"
     _raises(TypeError, lambda: ours(4, 5, value), message)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), FLAGS_AS_SIZES)
+@pytest.mark.parametrize("ours", [MinGRU, MinLSTM])
+def test_flags_are_no_sizes(ours: type, name: str, value: bool, message: str) -> None:
+    _raises(
+        TypeError, lambda: ours(**({"input_size": 4, "hidden_size": 5} | {name: value})), message
+    )
+
+
+@pytest.mark.parametrize("cell", [MinGRUCell, MinLSTMCell])
+def test_wrong_flags_of_cells(cell: type) -> None:
+    _raises(TypeError, lambda: cell(4, True), "`hidden_size` must be an int, got bool")
+    for bias, kind in (("no", "str"), (0, "int"), (None, "NoneType")):
+        _raises(TypeError, partial(cell, 4, 5, bias), f"`bias` must be a bool, got {kind}")
 
 
 def test_wrong_proj_size() -> None:

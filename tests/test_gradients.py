@@ -221,3 +221,18 @@ def test_wrong_arguments_are_named() -> None:
     empty.mask[:] = False
     with pytest.raises(ValueError, match="`batch` must hold at least one target"):
         gradients.backward(_model(), next_symbol, empty)
+    for count in (0, -3, float("nan")):
+        with pytest.raises(ValueError, match=f"`count` must be > 0, got {count}"):
+            gradients.backward(_model(), next_symbol, _batch(), count=count)
+
+
+@pytest.mark.parametrize("chunk", [0, 20])
+def test_no_gradient_is_taken_of_the_first_state(chunk: int) -> None:
+    model, start = _model(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    state = model.init_state(3).map(lambda x: x + start)
+    gradients.backward(model, next_symbol, _batch(), chunk=chunk, state=state)
+    assert start.grad is None
+    # a state that a call returned has a graph, which is not differentiated a second time
+    _, state = model(_batch().inputs)
+    for _ in range(2):
+        gradients.backward(model, next_symbol, _batch(), chunk=chunk, state=state)

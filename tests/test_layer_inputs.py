@@ -236,6 +236,7 @@ def test_what_autocast_does_not_cast_is_refused(layer: type, dtype: torch.dtype)
         ({"forget_bias": float("nan")}, ValueError, "`forget_bias` must be a finite number"),
         ({"forget_bias": 1.0, "bias": False}, ValueError, "= 1.0 needs `bias` = True, got False"),
         ({"normalized": 1}, TypeError, "`normalized` must be a bool, got int"),
+        ({"forget_bias": 1.0, "bias": "no"}, TypeError, "`bias` must be a bool, got str"),
     ],
 )
 def test_wrong_options_of_minlstm(options: Any, kind: type[Exception], message: str) -> None:

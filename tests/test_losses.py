@@ -1,5 +1,6 @@
 """Losses over a Batch's mask."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -31,3 +32,40 @@ def test_loss_is_float32_for_half_precision_logits() -> None:
     targets = torch.randint(5, (2, 3))
     batch = Batch(targets, targets, torch.ones(2, 3, dtype=torch.bool))
     assert losses.next_symbol(logits, batch).dtype == torch.float32
+
+
+def test_the_mask_alone_says_what_counts() -> None:
+    targets = torch.randint(5, (2, 3))
+    targets[0, 1] = -100
+    full = torch.ones(2, 3, dtype=torch.bool)
+    # torch would leave it out of the mean without a word
+    with pytest.raises(IndexError, match="-100"):
+        losses.next_symbol(torch.randn(2, 3, 5), Batch(targets, targets, full))
+    assert losses.next_symbol(torch.randn(2, 3, 5), Batch(targets, targets, targets >= 0)) > 0
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5), (2, 4, 5), (6, 5), (1, 3, 5)])
+def test_outputs_of_other_axes_are_refused(shape: tuple[int, ...]) -> None:
+    targets, mask = torch.randint(5, (2, 3)), torch.tensor([[True, True, False]] * 2)
+    actions = torch.randn(2, 3, 5)
+    with pytest.raises(ValueError, match=r"outputs must have the shape \(B, T, \.\.\.\)"):
+        losses.next_symbol(torch.randn(shape), Batch(targets, targets, mask))
+    with pytest.raises(ValueError, match=r"`actions` must have the shape \(B, T, A\)"):
+        losses.action_error(torch.randn(shape), Batch(actions, actions, mask))
+
+
+def test_no_action_is_broadcast() -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    for size in ((2, 3, 1), (2, 3)):
+        targets = torch.randn(size)
+        with pytest.raises(ValueError, match=r"= \(2, 3.*\) of the targets, got \(2, 3, 4\)"):
+            losses.action_error(torch.randn(2, 3, 4), Batch(targets, targets, mask))
+
+
+def test_a_mean_needs_a_target() -> None:
+    ids, actions = torch.randint(5, (2, 3)), torch.randn(2, 3, 4)
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="`batch` must hold at least one target, got none"):
+        losses.next_symbol(torch.randn(2, 3, 5), Batch(ids, ids, mask))
+    with pytest.raises(ValueError, match="`batch` must hold at least one target, got none"):
+        losses.action_error(actions, Batch(actions, actions, mask))

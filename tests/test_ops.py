@@ -338,6 +338,16 @@ def test_bad_input_is_named(change, message):
         ops.mingru(**{"k": X, "v": X} | change)
 
 
+@pytest.mark.parametrize("value", [None, "no", 0])
+def test_flags_are_bools(value):
+    # torch takes None for False
+    for name, gates in GATES.items():
+        flags = ["reverse", "normalized"] if name == "minlstm" else ["reverse"]
+        for flag in flags:
+            with pytest.raises(TypeError, match=f"`{flag}` must be a bool, got {value!r}"):
+                getattr(ops, name)(*[X] * len(gates), **{flag: value})
+
+
 @pytest.mark.parametrize("name", GATES)
 def test_bad_gate_is_named_as_in_the_signature(name):
     for n, gate in enumerate(GATES[name]):

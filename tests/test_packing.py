@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import minrnn
-from minrnn.ops.rows import linear_rows, pack
-from minrnn.packing import PackedWeight, num_weight_bytes, pack_model
+from minrnn.ops.rows import can_run_model, linear_rows, pack
+from minrnn.packing import PackedModel, PackedWeight, num_weight_bytes, pack_model
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (31, 5), (32, 64), (33, 7), (100, 96), (513, 300)])
@@ -203,3 +204,53 @@ def test_product_of_other_sizes_is_refused(dtype) -> None:
     with pytest.raises(RuntimeError, match=r"`x` must have shape \(M, K\), K = 7"):
         torch.ops.minrnn.linear_rows(x[:, :5], weight.panels, weight.scale, None, 4, 7)
     assert linear_rows(x[:0], weight).shape == (0, 4)
+
+
+class _Adapted(nn.Linear):
+    """A layer with the weights of another, and more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _adapt(model: minrnn.LanguageModel) -> None:
+    model.head.__class__ = _Adapted
+
+
+def _hook(model: minrnn.LanguageModel) -> None:
+    model.blocks[0].register_forward_hook(lambda module, args, out: (2 * out[0], out[1]))
+
+
+def _parametrize(model: minrnn.LanguageModel) -> None:
+    nn.utils.parametrizations.weight_norm(model.head)
+
+
+def _set_eps(model: minrnn.LanguageModel) -> None:
+    model.norm.eps = 0.5
+
+
+def _set_options(model: minrnn.LanguageModel) -> None:
+    rnn = getattr(model.blocks[0].mixer, "rnn", None)
+    if isinstance(rnn, minrnn.MinGRU):
+        rnn.candidate = "tanh"
+    if isinstance(rnn, minrnn.MinLSTM):
+        rnn.normalized = False
+
+
+@pytest.mark.parametrize("edit", [_adapt, _hook, _parametrize, _set_eps, _set_options])
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm", "lstm"])
+def test_an_edited_model_is_packed_with_its_edits(mixer, edit) -> None:
+    model = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=5, width=8, mixer=mixer)).eval()
+    plain, ids = pack_model(model), torch.randint(5, (2, 6))
+    edit(model)
+    packed = pack_model(model)
+    torch.testing.assert_close(packed(ids)[0], model(ids)[0], atol=1e-5, rtol=1e-4)
+    assert isinstance(plain, PackedModel) == (mixer != "lstm" and can_run_model(ids.device))
+    assert not isinstance(packed, PackedModel)
+
+
+def test_a_packed_model_loads_no_weights() -> None:
+    model = minrnn.LanguageModel(minrnn.ModelConfig(vocab_size=5, width=8)).eval()
+    packed = PackedModel(model)
+    with pytest.raises(TypeError, match="a PackedModel loads no weights: load them into the model"):
+        packed.load_state_dict(packed.state_dict())

@@ -186,3 +186,16 @@ def test_reference_gradients_match_finite_differences(name, candidate):
     reset = torch.tensor([[False, False, True, False], [True, False, False, False]])
     inputs = [x.clone().requires_grad_() for x in (*gates, h0)]
     assert gradcheck(lambda *x: op(*x, candidate=candidate, reset=reset), inputs)
+
+
+def test_unknown_options_are_refused():
+    # a candidate of another name was the identity
+    x = torch.zeros(1, 2, 3)
+    for name in ("mingru", "minlstm"):
+        with pytest.raises(ValueError, match=r"`candidate` must be one of 'g', .* got 'G'"):
+            getattr(reference, name)(*[x] * len(GATES[name]), candidate="G")
+    with pytest.raises(TypeError, match="`normalized` must be a bool, got 'no'"):
+        reference.minlstm(x, x, x, normalized="no")
+    for name, gates in GATES.items():
+        with pytest.raises(TypeError, match="`reverse` must be a bool, got None"):
+            getattr(reference, name)(*[x] * len(gates), reverse=None)

@@ -122,6 +122,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type, str]] = {
         ValueError,
         "norm must be RMSNorm, got LayerNorm",
     ),
+    "candidate": (
+        lambda: _changed(lambda m: setattr(m.blocks[0].mixer.rnn, "candidate", "tanh")),
+        ValueError,
+        r"blocks\.0\.mixer\.rnn\.candidate must be g, got tanh",
+    ),
+    "eps": (
+        lambda: _changed(lambda m: setattr(m.norm, "eps", 0.5)),
+        ValueError,
+        r"norm\.eps must be None, got 0\.5",
+    ),
     "parametrized": (
         lambda: _changed(lambda m: nn.utils.parametrizations.weight_norm(m.head)),
         ValueError,

@@ -185,6 +185,8 @@ def test_what_does_not_fit_is_named() -> None:
         selective_scan(u, dt, A, B, C[:, :4], h0)
     with pytest.raises(TypeError, match=r"`u` and `h0` must both be float32 or float64"):
         selective_scan(u, dt, A, B, C, h0.double())
+    with pytest.raises(ValueError, match="`discretization` must be 'euler' or 'zoh', got 'ZOH'"):
+        selective_scan(u, dt, A, B, C, h0, "ZOH")
     # what a direct call could reach is refused by the kernel itself
     for wrong in ((u, dt[:, :4], A, B, C, h0), (u, dt, A.double(), B, C, h0)):
         with pytest.raises(RuntimeError, match="expected"):

@@ -211,3 +211,18 @@ def test_wrong_arguments_are_named(model) -> None:
         Stream(model).prime([])
     with pytest.raises(ValueError, match="`prime` must be called"):
         Stream(model).step()
+    with pytest.raises(ValueError, match="`tokenizer` must have the model's V = 6 tokens, got 3"):
+        generate(model, Characters("abc"), "a")
+
+
+def test_dropout_is_off_where_text_is_drawn(model) -> None:
+    model.train()
+    for start in (lambda: Stream(model), lambda: generate(model, LETTERS, "a", length=3)):
+        with pytest.raises(ValueError, match=r"dropout of 0.2 in training mode: call model.eval"):
+            start()
+    model.eval().blocks[1].train()
+    with pytest.raises(ValueError, match="`model` must be in evaluation mode"):
+        Stream(model)
+    # without dropout both modes are one
+    config = minrnn.ModelConfig(vocab_size=6, width=16, dropout=0.0)
+    Stream(minrnn.LanguageModel(config).train()).prime([1])

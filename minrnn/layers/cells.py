@@ -39,6 +39,7 @@ class _Cell(nn.Module):
         super().__init__()
         self.__module__ = fx_module_name(self)
         check_sizes({"input_size": input_size, "hidden_size": hidden_size})
+        check_flags({"bias": bias})
         check_placement(device, dtype)
         check_candidate(candidate)
         self.input_size, self.hidden_size = input_size, hidden_size
@@ -107,6 +108,7 @@ class MinGRUCell(_Cell):
     Raises:
         ValueError: a size is out of range or `candidate` is unknown; on a call, a shape does not
             fit (also a RuntimeError where nn.GRUCell raises that).
+        TypeError: an argument is of another type.
 
     Example:
         >>> from minrnn import MinGRU
@@ -178,7 +180,7 @@ class MinLSTMCell(_Cell):
         normalized: bool = True,
         forget_bias: float = 0.0,
     ) -> None:
-        check_flags({"normalized": normalized})
+        check_flags({"bias": bias, "normalized": normalized})
         check_forget_bias(forget_bias, bias)
         # before the weights are drawn, which asks for them
         self.normalized, self.forget_bias = normalized, forget_bias

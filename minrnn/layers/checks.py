@@ -37,9 +37,9 @@ def fx_module_name(module: nn.Module) -> str:
 
 
 def check_sizes(sizes: dict[str, int], at_least: int = 1) -> None:
-    """Each an int that is large enough."""
+    """Each an int that is large enough; a bool is a flag in the place of a size."""
     for name, size in sizes.items():
-        if not isinstance(size, int):
+        if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"`{name}` must be an int, got {type(size).__name__}")
         if size < at_least:
             raise ValueError(f"`{name}` must be >= {at_least}, got {size}")

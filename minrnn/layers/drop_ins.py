@@ -155,7 +155,7 @@ class MinLSTM(Stack):
         normalized: bool = True,
         forget_bias: float = 0.0,
     ) -> None:
-        check_flags({"normalized": normalized})
+        check_flags({"bias": bias, "normalized": normalized})
         check_forget_bias(forget_bias, bias)
         # before the weights are drawn, which asks for them
         self.normalized, self.forget_bias = normalized, forget_bias

@@ -11,7 +11,7 @@ Here they are described and their arguments checked; `operators.py` defines them
 from torch import Tensor
 
 from minrnn.ops import operators as operators  # defines torch.ops.minrnn
-from minrnn.ops.checks import check_gates, check_layout
+from minrnn.ops.checks import check_flag, check_gates, check_layout
 from minrnn.ops.transforms import call
 
 __all__ = ["mingru", "minlstm", "scan"]
@@ -67,6 +67,7 @@ def scan(
     """
     check_gates({"a": a, "b": b})
     check_layout(a, h0, reset, cu_seqlens)
+    check_flag("reverse", reverse)
     return call("scan", a, b, h0, reset, cu_seqlens, reverse)
 
 
@@ -121,6 +122,7 @@ def mingru(
     """
     check_gates({"k": k, "v": v}, candidate)
     check_layout(k, h0, reset, cu_seqlens)
+    check_flag("reverse", reverse)
     return call("mingru", k, v, h0, candidate, reset, cu_seqlens, reverse)
 
 
@@ -176,6 +178,8 @@ def minlstm(
     """
     check_gates({"f": f, "i": i, "v": v}, candidate)
     check_layout(f, h0, reset, cu_seqlens)
+    check_flag("normalized", normalized)
+    check_flag("reverse", reverse)
     return call("minlstm", f, i, v, h0, candidate, normalized, reset, cu_seqlens, reverse)
 
 

@@ -77,6 +77,12 @@ def check_candidate(candidate: str) -> None:
         raise ValueError(f"`candidate` must be one of {known}, got {candidate!r}")
 
 
+def check_flag(name: str, flag: bool) -> None:
+    """`flag` is a bool: torch takes None for False, and numbers by their truth."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"`{name}` must be a bool, got {flag!r}")
+
+
 def check_tensor(name: str, x: object) -> None:
     """`x` is a tensor."""
     if not isinstance(x, Tensor):

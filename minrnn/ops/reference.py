@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from minrnn.ops.checks import check_candidate, check_flag
+
 
 def scan(
     a: Tensor,
@@ -22,6 +24,7 @@ def scan(
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run h_t = a_t * h_{t-1} + b_t; arguments and results are those of `minrnn.ops.scan`."""
+    check_flag("reverse", reverse)
     dtype = a.dtype
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     a, b = a.to(state_dtype), b.to(state_dtype)
@@ -52,6 +55,7 @@ def mingru(
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a minGRU; arguments and results are those of `minrnn.ops.mingru`."""
+    check_candidate(candidate)
     dtype = k.dtype
     k, v = _widen(k), _widen(v)
     z = torch.sigmoid(k)
@@ -76,6 +80,8 @@ def minlstm(
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a minLSTM; arguments and results are those of `minrnn.ops.minlstm`."""
+    check_candidate(candidate)
+    check_flag("normalized", normalized)
     dtype = f.dtype
     f, i, v = _widen(f), _widen(i), _widen(v)
     if normalized:

@@ -48,7 +48,7 @@ def selective_scan(
         y (B, T, D) and h_T (B, D * N).
 
     Raises:
-        ValueError: a shape does not fit the others'.
+        ValueError: a shape does not fit the others', or `discretization` is unknown.
         TypeError: the dtypes are not all float32 or all float64.
 
     Example:
@@ -59,6 +59,8 @@ def selective_scan(
         (torch.Size([2, 7, 3]), torch.Size([2, 12]))
     """
     _check(u, dt, A, B, C, h0)
+    if discretization not in ("euler", "zoh"):
+        raise ValueError(f"`discretization` must be 'euler' or 'zoh', got {discretization!r}")
     inputs = (x.contiguous() for x in (u, dt, A, B, C, h0))
     return torch.ops.minrnn.selective_scan(*inputs, discretization == "zoh")
 
