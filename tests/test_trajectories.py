@@ -107,6 +107,19 @@ def test_a_feature_that_never_changes_is_not_divided_by_zero(data) -> None:
     assert (mean[1], std[1]) == (3.0, 1.0)
 
 
+@pytest.mark.parametrize("unit", [1e-20, 1e-8, 1.0, 1e8])
+def test_observations_in_any_unit_are_standardised(data, unit: float) -> None:
+    observations = data.observations * np.float32(unit)
+    # changes as rounding does
+    observations[:, 1] = np.float32(unit)
+    observations[::2, 1] = np.nextafter(np.float32(unit), np.float32(0))
+    found = replace(data, observations=observations).moments
+    assert found[0] == pytest.approx(observations.mean(axis=0, dtype=np.float64), rel=1e-5)
+    expected = data.moments[1].astype(np.float64) * unit
+    assert np.delete(found[1], 1) == pytest.approx(np.delete(expected, 1), rel=1e-5)
+    assert found[1][1] == 1
+
+
 def test_files_give_back_what_was_written(data, tmp_path) -> None:
     trajectory_files.write_d4rl(data, tmp_path / "a.hdf5")
     trajectory_files.write_minari(data, tmp_path / "set-v0")
