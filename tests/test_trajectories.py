@@ -236,3 +236,15 @@ def test_data_rl_on_the_command_line(data, tmp_path, capsys) -> None:
     assert trajectory_files.fingerprint(found) == trajectory_files.fingerprint(data)
     assert cli.main([*back, "--to", "d4rl"]) == 2
     assert "exists; choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [0, 3, 5])
+@pytest.mark.parametrize("large", [1e30, -1e30])
+def test_returns_do_not_depend_on_other_episodes(place: int, large: float) -> None:
+    rewards, ends = np.arange(1.0, 7.0), np.array([2, 3, 6])
+    rewards[place] = large
+    shown = Trajectories(np.zeros((6, 1)), np.zeros((6, 1)), rewards, ends, ends > 2)
+    for start, end in ((0, 2), (2, 3), (3, 6)):
+        expected = [sum(rewards[n:end].tolist()) for n in range(start, end)]
+        assert shown.to_go[start:end] == pytest.approx(expected, rel=1e-6)
+    assert shown.returns == pytest.approx(shown.to_go[[0, 2, 3]])

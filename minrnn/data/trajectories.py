@@ -127,9 +127,11 @@ class Trajectories:
     @cached_property
     def to_go(self) -> np.ndarray:
         """(N,) float64, the sum of rewards from each step to the end of its episode."""
-        # sums from each step to the end of everything, less those from the episode's end
-        sums = np.concatenate([np.cumsum(self.rewards[::-1].astype(np.float64))[::-1], [0.0]])
-        return sums[:-1] - np.repeat(sums[self.ends], self.lengths)
+        # each episode alone: a difference of sums over all would lose small rewards to large ones
+        sums = self.rewards.astype(np.float64)
+        for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True):
+            sums[start:end] = sums[start:end][::-1].cumsum()[::-1]
+        return sums
 
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
