@@ -143,7 +143,8 @@ def play(
 
     Raises:
         ValueError: `target` or `context` is not set, there is no such environment, its spaces are
-            not the model's, it returns what is no number, or the model cannot be streamed.
+            not the model's, it or the model returns what is no finite number, or the model cannot
+            be streamed.
         ModuleNotFoundError: gymnasium, or what the environment needs, is not installed.
     """
     target = _target(config)
@@ -189,7 +190,7 @@ def _play(actor: Actor, environments: list[Any], seeds: list[int], target: float
     begun = [begin(env, seed) for env, seed in zip(environments, seeds, strict=True)]
     observations = np.stack(begun).astype(np.float32)
     before = np.zeros((size, *space.shape), dtype=np.float32)
-    to_go = np.full((size, 1), target)
+    to_go = np.full((size, 1), target, dtype=np.float64)
     returns, lengths = np.zeros(size), np.zeros(size, dtype=int)
     live, seconds = np.arange(size), 0.0
     for number in count():
@@ -198,6 +199,8 @@ def _play(actor: Actor, environments: list[Any], seeds: list[int], target: float
         start = time.perf_counter()
         outputs = actor.act(torch.from_numpy(x)).numpy()
         seconds += time.perf_counter() - start
+        if not np.isfinite(outputs).all():
+            raise ValueError("the actions are not finite: the model's weights are broken")
         # rounding may carry an action past its bound
         actions = bounded(space, outputs)
         before[live] = actions

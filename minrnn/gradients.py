@@ -1,6 +1,7 @@
 """Gradients of a loss over a sequence: of all of it at once, or the same chunk by chunk."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,7 @@ def backward(
         state: the state after the last step, without a graph.
 
     Raises:
-        ValueError: `chunk` < 0, `count` is not > 0, or no target counts.
+        ValueError: `chunk` < 0, `count` is a number that is not > 0, or no target counts.
 
     Example:
         >>> from minrnn.losses import next_symbol
@@ -77,8 +78,8 @@ def backward(
         count = batch.num_targets
         if not count:
             raise ValueError("`batch` must hold at least one target, got none")
-    elif not isinstance(count, Tensor) and not count > 0:
-        raise ValueError(f"`count` must be > 0, got {count}")
+    elif not isinstance(count, Tensor) and not 0 < count < math.inf:
+        raise ValueError(f"`count` must be a finite number > 0, got {count}")
     # what it was computed from is no part of the loss, in chunks or in one
     state = None if state is None else state.map(Tensor.detach)
     if not 0 < chunk < T:

@@ -165,7 +165,8 @@ def optimizer_of(
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
+    # torch takes no int, 0 or 1, for them
+    betas = (float(config.beta1), float(config.beta2))
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 

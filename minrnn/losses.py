@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from minrnn.data.batch import Batch
 from minrnn.ops.torch_kernels import widen
 
-# the mask alone says what counts: torch's -100 would leave out more than the mask does
-_NO_TOKEN = -(1 << 62)
+# below every id
+_NO_TARGET = -(1 << 62)
 
 
 def next_symbol(logits: Tensor, batch: Batch) -> Tensor:
@@ -23,11 +23,14 @@ def next_symbol(logits: Tensor, batch: Batch) -> Tensor:
         A scalar, float32 (float64 for float64).
 
     Raises:
-        ValueError: no target counts, or the shapes do not fit.
-        IndexError: on the CPU, a target that counts is not in [0, V), torch's -100 included.
+        ValueError: no target counts, `logits` does not begin with (B, T), or a target that counts
+            is not in [0, V); for the latter torch itself ends the process on a GPU. The mask alone
+            says what does not count: no target, such as -100, is ignored.
     """
-    logits, targets = _counted(logits, batch)
-    return F.cross_entropy(widen(logits), targets, ignore_index=_NO_TOKEN)
+    logits, targets = _counted("logits", logits, batch)
+    _check_targets(targets, logits.shape[-1])
+    # the default of torch ignores -100, which `Batch.num_targets` would count
+    return F.cross_entropy(widen(logits), targets, ignore_index=_NO_TARGET)
 
 
 def action_error(actions: Tensor, batch: Batch) -> Tensor:
@@ -43,22 +46,34 @@ def action_error(actions: Tensor, batch: Batch) -> Tensor:
         A scalar, float32 (float64 for float64).
 
     Raises:
-        ValueError: no target counts, or the shapes do not fit.
+        ValueError: no target counts, or the actions and the targets of `batch` differ in shape.
     """
     if actions.shape != batch.targets.shape:
         raise ValueError(
-            f"`actions` must have the shape (B, T, A) = {tuple(batch.targets.shape)} of the "
-            f"targets, got {tuple(actions.shape)}"
+            f"`actions` must have the shape of the targets, {tuple(batch.targets.shape)}, got "
+            f"{tuple(actions.shape)}"
         )
-    actions, targets = _counted(actions, batch)
+    actions, targets = _counted("actions", actions, batch)
     return F.mse_loss(widen(actions), targets)
 
 
-def _counted(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _check_targets(targets: Tensor, size: int) -> None:
+    # what is on a GPU would have to be waited for
+    if targets.device.type == "cpu" and targets.numel():
+        lowest, highest = (int(x) for x in targets.aminmax())
+        if lowest < 0 or highest >= size:
+            bad = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"targets that count must be in [0, V) = [0, {size}), got {bad}; `mask` says which "
+                "do not count"
+            )
+
+
+def _counted(name: str, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Outputs (num_targets, ...) and targets that count, of (B, T, ...)."""
     if outputs.dim() != 3 or outputs.shape[:2] != batch.mask.shape:
         raise ValueError(
-            f"outputs must have the shape (B, T, ...), (B, T) = {tuple(batch.mask.shape)}, "
+            f"`{name}` must begin with the shape (B, T) = {tuple(batch.mask.shape)} of the batch, "
             f"got {tuple(outputs.shape)}"
         )
     places = batch.places

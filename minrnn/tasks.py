@@ -21,8 +21,18 @@ class TextTask:
         self.windows, self.valid_limit = windows, valid_limit
 
     def batch(self, batch_size: int, seed: tuple[int, ...], rows: slice = slice(None)) -> Batch:
-        """Windows of the training part."""
-        return self.windows.batch(batch_size, seed, rows)
+        """Windows of the training part.
+
+        Raises:
+            ValueError: `batch_size` is not that of the windows, whose order depends on it.
+        """
+        windows = self.windows
+        if windows.order != "random" and windows.batch_size != batch_size:
+            raise ValueError(
+                f"`batch_size` must be that of the {windows.order} windows, {windows.batch_size}, "
+                f"got {batch_size}"
+            )
+        return windows.batch(batch_size, seed, rows)
 
     def goes_on(self, step: int) -> bool:
         """Whether the windows of `step` stand behind those of the step before."""

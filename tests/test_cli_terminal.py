@@ -203,3 +203,20 @@ def test_bugs_keep_their_traceback(error: Exception, monkeypatch) -> None:
 def test_a_line_is_one_whatever_it_holds(capsys) -> None:
     streams.complain("a\nb\tc\x07\udcff é")
     assert capsys.readouterr().err == "a b\\tc\\x07\\udcff é\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train text --width 0", "minrnn train text: `width` must be >= 1, got 0\n"),
+        ("train text --chunk -1", "minrnn train text: `chunk` must be >= 0, got -1\n"),
+        ("train rl --context 0", "minrnn train rl: `context` must be >= 1, got 0\n"),
+        ("generate run --top-k -1", "minrnn generate: `top_k` must be"),
+        ("train rl --reference 1", "argument count 2 of `FLOAT FLOAT`\n"),
+    ],
+)
+def test_reasons_have_no_marks_and_no_names_of_classes(line: str, said: str, capsys) -> None:
+    assert cli.main(line.split()) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "[" not in shown.replace("['1']", "").replace("tuple[float, float]", "")

@@ -124,3 +124,12 @@ def test_frozen_parameters_and_adapters() -> None:
     mixer.requires_grad_(False)
     mixer.out.lora_A.requires_grad_(True)
     assert not any("lora_A" in name for name in _kept(model))
+
+
+@pytest.mark.parametrize("betas", [(0, 0), (0, 0.9), (0.9, 0)])
+def test_integers_will_do_for_betas(betas: tuple[float, float]) -> None:
+    model = _model("mingru")
+    optimizer = optimizer_of(model, TrainConfig(beta1=betas[0], beta2=betas[1], weight_decay=0))
+    model(torch.zeros(1, 2, dtype=torch.long))[0].sum().backward()
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())

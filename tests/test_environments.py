@@ -377,3 +377,20 @@ def test_bytes_name_an_environment(value, tmp_path) -> None:
     with h5py.File(path, "a") as file:
         file.attrs["env"] = value
     assert trajectory_files.read([path]).environment == "Hopper-v5"
+
+
+@pytest.mark.parametrize("way", ["window", "stream"])
+def test_a_target_may_be_an_int(way) -> None:
+    torch.manual_seed(0)
+    model = DecisionModel(DecisionConfig(2, 1)).eval()
+    played = [
+        play(model, "Selfish-float32-v0", ActingConfig(target, 1, way, 20)) for target in (9, 9.0)
+    ]
+    assert played[0].returns == played[1].returns
+
+
+def test_actions_of_broken_weights_are_not_played() -> None:
+    model = DecisionModel(DecisionConfig(2, 1)).eval()
+    model.head.bias.data[:] = float("nan")
+    with pytest.raises(ValueError, match="actions are not finite: the model's weights are broken"):
+        play(model, "Selfish-float32-v0", ActingConfig(9.0, 1, context=5))

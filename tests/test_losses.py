@@ -34,32 +34,39 @@ def test_loss_is_float32_for_half_precision_logits() -> None:
     assert losses.next_symbol(logits, batch).dtype == torch.float32
 
 
-def test_the_mask_alone_says_what_counts() -> None:
-    targets = torch.randint(5, (2, 3))
-    targets[0, 1] = -100
-    full = torch.ones(2, 3, dtype=torch.bool)
-    # torch would leave it out of the mean without a word
-    with pytest.raises(IndexError, match="-100"):
-        losses.next_symbol(torch.randn(2, 3, 5), Batch(targets, targets, full))
-    assert losses.next_symbol(torch.randn(2, 3, 5), Batch(targets, targets, targets >= 0)) > 0
+@pytest.mark.parametrize("target", [-100, -1, 5])
+@pytest.mark.parametrize("counted", [True, False])
+def test_targets_that_count_must_be_tokens(target: int, counted: bool) -> None:
+    targets = torch.tensor([[0, 4, target]])
+    mask = torch.tensor([[True, True, counted]])
+    logits = torch.randn(1, 3, 5)
+    batch = Batch(targets.clamp(0, 4), targets, mask)
+    if counted:
+        # `num_targets` counts it: the mean over several batches would be wrong
+        with pytest.raises(ValueError, match=rf"must be in \[0, V\) = \[0, 5\), got {target}"):
+            losses.next_symbol(logits, batch)
+    else:
+        expected = F.cross_entropy(logits[0, :2], targets[0, :2])
+        torch.testing.assert_close(losses.next_symbol(logits, batch), expected)
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 5), (2, 4, 5), (6, 5), (1, 3, 5)])
-def test_outputs_of_other_axes_are_refused(shape: tuple[int, ...]) -> None:
-    targets, mask = torch.randint(5, (2, 3)), torch.tensor([[True, True, False]] * 2)
-    actions = torch.randn(2, 3, 5)
-    with pytest.raises(ValueError, match=r"outputs must have the shape \(B, T, \.\.\.\)"):
-        losses.next_symbol(torch.randn(shape), Batch(targets, targets, mask))
-    with pytest.raises(ValueError, match=r"`actions` must have the shape \(B, T, A\)"):
+@pytest.mark.parametrize("shape", [(3, 2, 5), (2, 4, 5), (4, 3, 5), (6, 5)])
+@pytest.mark.parametrize("full", [True, False])
+def test_outputs_of_other_steps_or_rows_are_refused(shape: tuple[int, ...], full: bool) -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    mask[0, 0] = full
+    tokens, actions = torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3, 5)
+    with pytest.raises(ValueError, match=r"`logits` must begin with the shape \(B, T\) = \(2, 3\)"):
+        losses.next_symbol(torch.randn(shape), Batch(tokens, tokens, mask))
+    with pytest.raises(ValueError, match=r"`actions` must have the shape .*\(2, 3, 5\), got"):
         losses.action_error(torch.randn(shape), Batch(actions, actions, mask))
 
 
-def test_no_action_is_broadcast() -> None:
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    for size in ((2, 3, 1), (2, 3)):
-        targets = torch.randn(size)
-        with pytest.raises(ValueError, match=r"= \(2, 3.*\) of the targets, got \(2, 3, 4\)"):
-            losses.action_error(torch.randn(2, 3, 4), Batch(targets, targets, mask))
+@pytest.mark.parametrize("shape", [(2, 3, 1), (2, 3)])
+def test_actions_are_not_broadcast(shape: tuple[int, ...]) -> None:
+    targets, mask = torch.randn(shape), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"`actions` must have the shape of the targets"):
+        losses.action_error(torch.randn(2, 3, 5), Batch(targets, targets, mask))
 
 
 def test_a_mean_needs_a_target() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from minrnn.data import shakespeare, sources, text, tokenizers
 from minrnn.data.tokenizers import Bytes, Characters
-from minrnn.data.windows import Windows, permuted
+from minrnn.data.windows import Order, Windows, permuted
 from minrnn.evaluation import evaluate
 from minrnn.losses import next_symbol
 from minrnn.models import LanguageModel, ModelConfig
@@ -183,6 +183,17 @@ def test_consecutive_windows_go_on_where_the_last_ended(tmp_path) -> None:
     assert windows.batch(1, (0, 1, 2)).inputs.equal(ids[1][2:])
     with pytest.raises(ValueError, match="each of `batch_size` = 20 streams"):
         Windows(corpus, 6, "consecutive", 20)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "consecutive"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_windows_of_another_batch_size_are_refused(tmp_path, order: Order, size: int) -> None:
+    corpus = _build(tmp_path, bytes(range(100)), "bytes", 0.2)
+    task = TextTask(Windows(corpus, 6, order, 3))
+    with pytest.raises(ValueError, match=rf"must be that of the {order} windows, 3, got {size}"):
+        task.batch(size, (0, 0, 0))
+    assert len(task.batch(3, (0, 0, 0)).inputs) == 3
+    assert len(TextTask(Windows(corpus, 6)).batch(size, (0, 0, 0)).inputs) == size
 
 
 @pytest.mark.parametrize(("context", "count", "limit"), [(7, 3, 0), (50, 64, 0), (7, 3, 23)])

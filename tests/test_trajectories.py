@@ -107,6 +107,19 @@ def test_a_feature_that_never_changes_is_not_divided_by_zero(data) -> None:
     assert (mean[1], std[1]) == (3.0, 1.0)
 
 
+@pytest.mark.parametrize("unit", [1e-20, 1e-8, 1.0, 1e8])
+def test_observations_in_any_unit_are_standardised(data, unit: float) -> None:
+    observations = data.observations * np.float32(unit)
+    # changes as rounding does
+    observations[:, 1] = np.float32(unit)
+    observations[::2, 1] = np.nextafter(np.float32(unit), np.float32(0))
+    found = replace(data, observations=observations).moments
+    assert found[0] == pytest.approx(observations.mean(axis=0, dtype=np.float64), rel=1e-5)
+    expected = data.moments[1].astype(np.float64) * unit
+    assert np.delete(found[1], 1) == pytest.approx(np.delete(expected, 1), rel=1e-5)
+    assert found[1][1] == 1
+
+
 def test_files_give_back_what_was_written(data, tmp_path) -> None:
     trajectory_files.write_d4rl(data, tmp_path / "a.hdf5")
     trajectory_files.write_minari(data, tmp_path / "set-v0")
@@ -223,3 +236,15 @@ def test_data_rl_on_the_command_line(data, tmp_path, capsys) -> None:
     assert trajectory_files.fingerprint(found) == trajectory_files.fingerprint(data)
     assert cli.main([*back, "--to", "d4rl"]) == 2
     assert "exists; choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [0, 3, 5])
+@pytest.mark.parametrize("large", [1e30, -1e30])
+def test_returns_do_not_depend_on_other_episodes(place: int, large: float) -> None:
+    rewards, ends = np.arange(1.0, 7.0), np.array([2, 3, 6])
+    rewards[place] = large
+    shown = Trajectories(np.zeros((6, 1)), np.zeros((6, 1)), rewards, ends, ends > 2)
+    for start, end in ((0, 2), (2, 3), (3, 6)):
+        expected = [sum(rewards[n:end].tolist()) for n in range(start, end)]
+        assert shown.to_go[start:end] == pytest.approx(expected, rel=1e-6)
+    assert shown.returns == pytest.approx(shown.to_go[[0, 2, 3]])

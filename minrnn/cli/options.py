@@ -148,4 +148,7 @@ def _text_of(message: str) -> str:
     rows = [row.strip() for row in message.splitlines()]
     rules = [number for number, row in enumerate(rows) if row and set(row) == {"-"}]
     first, last = rules[:2] if len(rules) > 1 else (-1, len(rows))
-    return re.sub(r"\s+", " ", " ".join(rows[first + 1 : last])).strip()
+    # marks of rich, and the names of our classes, say nothing to who gave an option
+    reason = re.sub(r"\[/?bold\]", "", " ".join(rows[first + 1 : last]))
+    reason = re.sub(r"\s+", " ", reason).strip()
+    return re.sub(r"^Error parsing [A-Za-z]\S*: ", "", reason)

@@ -127,17 +127,23 @@ class Trajectories:
     @cached_property
     def to_go(self) -> np.ndarray:
         """(N,) float64, the sum of rewards from each step to the end of its episode."""
-        # sums from each step to the end of everything, less those from the episode's end
-        sums = np.concatenate([np.cumsum(self.rewards[::-1].astype(np.float64))[::-1], [0.0]])
-        return sums[:-1] - np.repeat(sums[self.ends], self.lengths)
+        # each episode alone: a difference of sums over all would lose small rewards to large ones
+        sums = self.rewards.astype(np.float64)
+        for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True):
+            sums[start:end] = sums[start:end][::-1].cumsum()[::-1]
+        return sums
 
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation (S,) of the observations, float32."""
+        """Mean and standard deviation (S,) of the observations, float32.
+
+        The deviation is 1 for a number that never changes, or only as rounding does.
+        """
         mean = self.observations.mean(axis=0, dtype=np.float64)
         std = self.observations.std(axis=0, dtype=np.float64)
-        # a feature that never changes is left as it is
-        return mean.astype(np.float32), np.where(std > 1e-6, std, 1.0).astype(np.float32)
+        # float32 rounds at 6e-8 of a number, and has none far below 1e-37
+        least = np.maximum(1e-6 * np.abs(self.observations).max(axis=0), 1e-30)
+        return mean.astype(np.float32), np.where(std > least, std, 1.0).astype(np.float32)
 
     @property
     def return_scale(self) -> float:
