@@ -46,23 +46,20 @@ COMPUTES := tests/test_ops.py tests/test_operators.py tests/test_scans.py tests/
     tests/test_lstm_pairs.py tests/test_nested.py tests/test_forget_bias.py \
     tests/test_written_outputs.py tests/test_layer_graphs.py tests/test_updates.py \
     tests/test_saving.py tests/test_rows.py
-ON_ONE := $(PYTEST) -n 2 -q -m "not slow and not long" $(COMPUTES)
-ON_TWO := $(PYTEST) -n 1 -q -m "not slow and not long" --threads 2 $(COMPUTES)
+ON_THIS := $(PYTEST) -n 2 -q -m "not slow and not long" $(COMPUTES)
 OLDEST_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+AVX2_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
 test-portable: test-portable-ci
-	ATEN_CPU_CAPABILITY=default $(ON_ONE)
-	ATEN_CPU_CAPABILITY=avx2 $(ON_ONE)
-	ONEDNN_MAX_CPU_ISA=SSE41 $(ON_ONE)
-	ONEDNN_MAX_CPU_ISA=AVX2 $(ON_ONE)
-	MKL_CBWR=COMPATIBLE $(ON_ONE)
-	$(ON_TWO)
-	$(OLDEST_CPU) $(ON_TWO)
+	$(OLDEST_CPU) $(ON_THIS) --threads 2
+	$(AVX2_CPU) $(ON_THIS) --threads 2
+	ATEN_CPU_CAPABILITY=default $(ON_THIS)
+	MKL_CBWR=COMPATIBLE $(ON_THIS)
 
-# the two of them that CI runs
+# those that CI runs
 test-portable-ci: $(VENV)/ready
-	$(OLDEST_CPU) $(ON_ONE)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(ON_ONE) -p tests.other_rounding
+	$(OLDEST_CPU) $(ON_THIS)
+	$(AVX2_CPU) $(ON_THIS) -p tests.other_rounding
 
 # operators on the GPU's kernels, interpreted on the CPU
 test-triton: $(VENV)/ready
