@@ -3,10 +3,8 @@
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -391,14 +389,3 @@ def test_an_infinite_error_is_written_as_a_word(tmp_path) -> None:
     report.publish("scan", [table], quick=True, out=tmp_path, draw=report.draw_ratios)
     facts = json.loads((tmp_path / "bench-scan.json").read_text())
     assert facts["tables"][0]["rows"][0]["error"] == "infinite"
-
-
-def test_versions_of_peers_are_pinned_alike() -> None:
-    root = Path(__file__).parents[1]
-    project, constraints = (root / n for n in ("pyproject.toml", "constraints.txt"))
-    [extra] = re.findall(r"^bench = \[(.*?)\n\]", project.read_text(), flags=re.M | re.S)
-    for name, version in peers.REQUIREMENTS.items():
-        if version:
-            # some have left Python 3.10 behind, and stand there twice
-            assert re.search(rf'"{name}=={version}["; ]', extra)
-            assert re.search(rf"^{name.lower()}=={version}[;\n]", constraints.read_text(), re.M)

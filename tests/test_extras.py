@@ -13,6 +13,7 @@ import pytest
 from packaging.utils import canonicalize_name
 
 import minrnn
+from minrnn.bench import peers
 from minrnn.cli.commands import COMMANDS
 from minrnn.data.tokenizers import BPE
 from tests import extras
@@ -125,3 +126,13 @@ def test_every_package_belongs_to_an_extra() -> None:
 def test_commands_name_extras_that_there_are() -> None:
     for command in COMMANDS.values():
         assert set(command.extra.split(",")) <= extras.EXTRAS.keys()
+
+
+def test_versions_of_peers_are_pinned_alike() -> None:
+    project, constraints = (ROOT / n for n in ("pyproject.toml", "constraints.txt"))
+    [extra] = re.findall(r"^bench = \[(.*?)\n\]", project.read_text(), flags=re.M | re.S)
+    for name, version in peers.REQUIREMENTS.items():
+        if version:
+            # some have left Python 3.10 behind, and stand there twice
+            assert re.search(rf'"{name}=={version}["; ]', extra)
+            assert re.search(rf"^{name.lower()}=={version}[;\n]", constraints.read_text(), re.M)
