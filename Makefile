@@ -27,7 +27,6 @@ test: $(VENV)/ready
 	$(PYTEST) -n 2 -m "not slow and not long" --cov --cov-report=
 	$(PYTEST) -n 2 -m "not slow" --cov --cov-append --cov-fail-under=95 -p tests.without_native \
 	    tests/test_ops.py tests/test_operators.py tests/test_scans.py
-	$(PYTEST) -n 2 -p tests.on_triton tests/triton_plans.py
 
 # proofs that take long: processes that are killed, memory that must not grow, plans for GPUs
 test-long: $(VENV)/ready
@@ -68,6 +67,7 @@ test-triton: $(VENV)/ready
 
 # of them what CI runs
 test-triton-ci: $(VENV)/ready
+	$(PYTEST) -n 2 -q -p tests.on_triton tests/triton_plans.py
 	$(PYTEST) -n 2 -q -p tests.on_triton -k matches_reference tests/test_ops.py
 
 # operators and what stands on them, on a GPU
